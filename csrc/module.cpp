@@ -1,0 +1,24 @@
+// The Python module fastdiff._C: each area binds its own functions.
+#include <pybind11/pybind11.h>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+void bind_group_norm_silu(py::module_& module);
+void bind_solver(py::module_& module);
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "fastdiff's C++/CUDA kernels; raw pointers in, nothing of PyTorch linked.";
+  module.def("isa_level", &fastdiff::isa_level);
+  module.def("isa_name", [] { return fastdiff::isa_name(fastdiff::isa_level()); });
+  module.def("parallel_backend", &fastdiff::parallel_backend);
+#if defined(FASTDIFF_WITH_CUDA)
+  module.attr("with_cuda") = true;
+#else
+  module.attr("with_cuda") = false;
+#endif
+  bind_group_norm_silu(module);
+  bind_solver(module);
+}
