@@ -181,7 +181,21 @@ class BuildExtension(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         info = self.attempt(target)
-        (target.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+        self.record = target.parent / "_build_info.json"
+        self.record.write_text(json.dumps(info, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place (editable) builds: the record goes along, an extension not built goes away."""
+        for ext in self.extensions:
+            built = Path(self.get_ext_fullpath_of_build(ext.name))
+            destination = ROOT / "fastdiff" / built.name
+            destination.unlink(missing_ok=True)
+            if built.exists():
+                shutil.copy2(built, destination)
+            shutil.copy2(self.record, ROOT / "fastdiff" / self.record.name)
+
+    def get_ext_fullpath_of_build(self, name: str) -> str:
+        return str(Path(self.build_lib) / self.get_ext_filename(name))
 
     def attempt(self, target: Path) -> dict[str, str]:
         mode = os.environ.get("FASTDIFF_EXT", "auto").lower()

@@ -1,0 +1,96 @@
+# Two commands for a user: `make demo` and `make test`. The rest is for people who change fastdiff.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= digits.png
+
+# The repository root holds a folder called kernels; it must not be importable under that name.
+export PYTHONSAFEPATH := 1
+
+SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt \
+	$(shell find csrc kernels fastdiff -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' \
+	-o -name '*.cu' -o -name '*.cuh' -o -name '*.safetensors' -o -name 'py.typed' \))
+
+.PHONY: demo test install-dev develop lint format aot check-native bench evaluate wheel-check \
+	gpu gpu-build gpu-test gpu-bench clean help
+
+help:
+	@echo "make demo          venv, install, draw $(OUT)"
+	@echo "make test          venv, install, all tests that need no GPU"
+	@echo "make lint          ruff and mypy"
+	@echo "make aot           compile every Triton configuration for sm_80/89/90/100, refuse spills"
+	@echo "make check-native  compile csrc/cuda with nvcc for every target, refuse spills; check ISA objects"
+	@echo "make bench         CPU benchmarks, into benchmarks/results/"
+	@echo "make evaluate      quality of the embedded digits model on 1,000 samples"
+	@echo "make gpu           on a machine with a GPU: build with CUDA, GPU tests, benchmarks"
+	@echo "make develop       editable install instead of a copy"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2], "Python 3.10 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/.core: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -q -c constraints.txt .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install -q -c constraints.txt ".[dev]"
+	@touch $(VENV)/.core $@
+
+demo: $(VENV)/.core
+	$(BIN)/fastdiff sample --out $(OUT)
+
+install-dev: $(VENV)/.dev
+
+develop: $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $(VENV)/.core $(VENV)/.dev
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+aot: $(VENV)/.dev
+	$(BIN)/python -m fastdiff.aot
+
+check-native: $(VENV)/.dev
+	$(BIN)/python csrc/check.py
+
+bench: $(VENV)/.dev
+	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+evaluate: $(VENV)/.dev
+	$(BIN)/fastdiff evaluate
+
+# --- GPU ---------------------------------------------------------------------------------------
+# Uses the packages of $(GPU_PYTHON) as they are and needs no network: fastdiff is built into a
+# folder of its own. Every piece writes its results as it goes and stays under nine minutes.
+GPU_PYTHON ?= python3
+GPU_SITE := build/gpu-site
+GPU_RUN := PYTHONPATH=$(abspath $(GPU_SITE)) $(GPU_PYTHON)
+
+gpu: gpu-build gpu-test gpu-bench
+
+gpu-build:
+	rm -rf $(GPU_SITE)
+	FASTDIFF_EXT=cuda $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation \
+		--target $(GPU_SITE) .
+	$(GPU_RUN) -m fastdiff doctor
+
+gpu-test:
+	timeout 540 $(GPU_RUN) -m pytest tests -m gpu -v $(PYTEST_ARGS)
+
+gpu-bench:
+	timeout 540 $(GPU_RUN) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info fastdiff/*.so fastdiff/_build_info.json
