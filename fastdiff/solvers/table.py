@@ -116,8 +116,8 @@ class SolverTable:
     description: the options the table was built with.
 
     Raises ValueError or TypeError for a table no engine could run: an index out of range, a
-    non-finite coefficient, a register read before it is written, a register written twice in one row,
-    noise without a draw, draws out of order.
+    non-finite coefficient, a register read before it is written, a register written twice in one
+    row, noise without a draw, draws out of order.
     """
 
     name: str
@@ -247,7 +247,8 @@ class SolverTable:
             scales = [float(value) for value in scale]
         if len(scales) != len(self.rows):
             raise ValueError(
-                f"scale must be one number or one per row ({len(self.rows)}), got {len(scales)} numbers"
+                f"scale must be one number or one per row ({len(self.rows)}), "
+                f"got {len(scales)} numbers"
             )
         rows = tuple(
             dataclasses.replace(row, guidance_scale=g)

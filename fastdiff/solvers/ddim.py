@@ -1,0 +1,86 @@
+"""DDIM (arXiv 2010.02502) and, as its eta = 1, the DDPM posterior (arXiv 2006.11239).
+
+With h = lambda' - lambda, the step from (alpha, sigma) to (alpha', sigma') of equation 12 is ::
+
+    std = eta sigma' sqrt(1 - e^{-2h})                                   (equation 16)
+    x'  = alpha' x0 + sqrt(sigma'^2 - std^2) eps + std z
+        = (sigma'/sigma) q x + alpha' (1 - q e^{-h}) x0 + std z,   q = sqrt(1 - eta^2 (1 - e^{-2h}))
+
+since eps = (x - alpha x0)/sigma. The second form holds for every schedule, not only where
+alpha^2 + sigma^2 = 1, and has no cancellation at small h.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
+from fastdiff.solvers.prediction import canonical, to_x0
+from fastdiff.solvers.schedules import NoiseSchedule
+from fastdiff.solvers.table import Row, SolverTable, Update
+
+
+def posterior(
+    alpha: float, sigma: float, alpha_to: float, sigma_to: float, h: float, eta: float
+) -> tuple[float, float, float]:
+    """(from_x, from_x0, from_noise) of one step over h in 0..inf; see the top of this file."""
+    variance = -math.expm1(-2.0 * h)  # 1 - e^{-2h}, in 0..1
+    q_squared = max(1.0 - eta * eta * variance, 0.0)
+    from_x = sigma_to / sigma * math.sqrt(q_squared)
+    if h == 0:
+        from_x0 = 0.0
+    elif q_squared == 0 or math.isinf(h):
+        from_x0 = alpha_to
+    elif eta == 1:
+        from_x0 = alpha_to * variance
+    else:
+        # 1 - q e^{-h} through one expm1: both factors tend to 1 as h tends to 0.
+        log_q = 0.5 * math.log1p(-eta * eta * variance)
+        from_x0 = -alpha_to * math.expm1(log_q - h)
+    return from_x, from_x0, eta * sigma_to * math.sqrt(variance)
+
+
+def ddim(
+    schedule: NoiseSchedule,
+    grid: TimeGrid,
+    *,
+    prediction: str = "eps",
+    mode: str = "parity",
+    eta: float = 0.0,
+) -> SolverTable:
+    """The table of DDIM.
+
+    prediction: what the model predicts: "eps", "v" or "x0".
+    eta: 0 is deterministic, 1 has the variance of DDPM; within 0..1.
+    mode: in "parity" every step draws noise when eta > 0, also where its coefficient is 0, so that a
+        generator is left where diffusers leaves it. "exact" draws only noise that is used. (The
+        larger difference, where a step goes, is in the grid: ``make_grid(stride=...)``.)
+
+    Raises ValueError for eta outside 0..1 or an unknown prediction or mode.
+    """
+    check_choice("mode", mode, MODES)
+    kind = canonical(prediction)
+    if not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
+        raise ValueError(f"eta must be in 0..1, got {eta}")
+    rows = []
+    draws = 0
+    for t, lam, target in zip(
+        grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True
+    ):
+        alpha, sigma = map(float, schedule.marginal(lam))
+        alpha_to, sigma_to = map(float, schedule.marginal(target))
+        from_x, from_x0, std = posterior(alpha, sigma, alpha_to, sigma_to, target - lam, eta)
+        from_state, from_output = to_x0(kind, alpha, sigma)
+        draw = -1
+        if std > 0 or (eta > 0 and mode == "parity"):
+            draw, draws = draws, draws + 1
+        update = Update(0, (from_x,), from_x0, std)
+        rows.append(Row(0, t, 1.0, from_state, from_output, (update,), draw=draw))
+    return SolverTable(
+        name="ddim",
+        num_registers=1,
+        rows=tuple(rows),
+        num_draws=draws,
+        prediction="x0",
+        description=f"eta={eta:g}, {kind} model, {grid.name} grid, {mode}",
+    )

@@ -1,0 +1,73 @@
+"""DDPM ancestral sampling (arXiv 2006.11239, algorithm 2 and equation 7).
+
+The posterior mean and the small variance are those of DDIM with eta = 1. In terms of
+h = lambda' - lambda::
+
+    x'   = (sigma'/sigma) e^{-h} x + alpha' (1 - e^{-2h}) x0 + std z
+    std  = sigma' sqrt(1 - e^{-2h})     "fixed_small": beta~_t, the posterior variance
+    std  = sigma  sqrt(1 - e^{-2h})     "fixed_large": beta_t
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastdiff.solvers.ddim import posterior
+from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
+from fastdiff.solvers.prediction import canonical, to_x0
+from fastdiff.solvers.schedules import NoiseSchedule
+from fastdiff.solvers.table import Row, SolverTable, Update
+
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+
+
+def ddpm(
+    schedule: NoiseSchedule,
+    grid: TimeGrid,
+    *,
+    prediction: str = "eps",
+    mode: str = "parity",
+    variance_type: str = "fixed_small",
+) -> SolverTable:
+    """The table of DDPM.
+
+    prediction: what the model predicts: "eps", "v" or "x0".
+    variance_type: "fixed_small" (beta~), "fixed_large" (beta), or "fixed_small_log", another name
+        for fixed_small (diffusers goes through a logarithm and back).
+    mode: "exact" adds no noise in the step to the clean sample (algorithm 2, line 3). "parity" is
+        diffusers: noise wherever the model's time is above 0, and a fixed_small variance of at
+        least 1e-20, so with ``steps_offset=1`` the last step is noisy.
+
+    Raises ValueError for an unknown prediction, mode or variance_type.
+    """
+    check_choice("mode", mode, MODES)
+    check_choice("variance_type", variance_type, VARIANCES)
+    kind = canonical(prediction)
+    rows = []
+    draws = 0
+    for t, lam, target in zip(
+        grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True
+    ):
+        alpha, sigma = map(float, schedule.marginal(lam))
+        alpha_to, sigma_to = map(float, schedule.marginal(target))
+        h = target - lam
+        from_x, from_x0, std = posterior(alpha, sigma, alpha_to, sigma_to, h, eta=1.0)
+        if variance_type == "fixed_large":
+            std = sigma * math.sqrt(-math.expm1(-2.0 * h))
+        elif mode == "parity":
+            std = max(std, 1e-10)
+        noisy = t > 0 if mode == "parity" else math.isfinite(target)
+        draw = -1
+        if noisy:
+            draw, draws = draws, draws + 1
+        from_state, from_output = to_x0(kind, alpha, sigma)
+        update = Update(0, (from_x,), from_x0, std if noisy else 0.0)
+        rows.append(Row(0, t, 1.0, from_state, from_output, (update,), draw=draw))
+    return SolverTable(
+        name="ddpm",
+        num_registers=1,
+        rows=tuple(rows),
+        num_draws=draws,
+        prediction="x0",
+        description=f"{variance_type}, {kind} model, {grid.name} grid, {mode}",
+    )

@@ -1,0 +1,257 @@
+"""Time grids: where the model is evaluated, and the noise level each step goes to.
+
+A grid is three arrays: the times handed to the model, the lambda of the state at each evaluation,
+and the lambda each step goes to. They are apart because reference implementations keep them apart:
+Karras spacing rounds the time the model sees but not the noise level, and DDIM steps to
+``t - T//N`` rather than to the next entry of its list.
+
+The two conventions for the same word, both from diffusers (``timestep_spacing``):
+
+=========  =====================================  ========================================
+spacing    "ddim" (DDIM, DDPM, Euler, Heun, LMS)  "dpm" (DPM-Solver, UniPC, DEIS)
+=========  =====================================  ========================================
+linspace   linspace(0, T-1, N)                    linspace(0, T-1, N+1) without the 0
+leading    (0..N-1) * (T // N) + steps_offset     (1..N) * (T // (N+1)) + steps_offset
+trailing   round(arange(T, 0, -T/N)) - 1          the same
+=========  =====================================  ========================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule, unknown
+
+SPACINGS = ("linspace", "leading", "trailing", "karras", "lambda")
+CONVENTIONS = ("ddim", "dpm")
+FINALS = ("zero", "sigma_min")
+MODES = ("parity", "exact")
+
+
+@dataclass(frozen=True, eq=False)
+class TimeGrid:
+    """N model evaluations from much noise to little.
+
+    times: float64 [N], the times handed to the model.
+    lambdas: float64 [N], strictly increasing: ln(alpha/sigma) of the state at each evaluation.
+    targets: float64 [N], ln(alpha/sigma) after each step; +inf is the clean sample. A multistep
+        solver needs ``targets[i] == lambdas[i+1]``, see :attr:`contiguous`.
+    planned_steps: N before :meth:`from_step`; rules that depend on the number of steps use it.
+    """
+
+    name: str
+    times: np.ndarray
+    lambdas: np.ndarray
+    targets: np.ndarray
+    planned_steps: int
+
+    def __post_init__(self) -> None:
+        for field in ("times", "lambdas", "targets"):
+            values = np.array(getattr(self, field), dtype=np.float64)
+            values.setflags(write=False)
+            object.__setattr__(self, field, values)
+        n = self.times.size
+        if n < 1 or any(
+            getattr(self, field).shape != (n,) for field in ("times", "lambdas", "targets")
+        ):
+            raise ValueError(
+                "times, lambdas and targets must be 1-d of one length >= 1, got "
+                f"{self.times.shape}, {self.lambdas.shape}, {self.targets.shape}"
+            )
+        if not np.all(np.isfinite(self.times)):
+            raise ValueError(f"times must be finite, got {self.times}")
+        if np.any(np.isnan(self.lambdas)) or np.any(np.isnan(self.targets)):
+            raise ValueError("lambdas and targets must not be NaN")
+        with np.errstate(invalid="ignore"):
+            repeated = np.flatnonzero(~(np.diff(self.lambdas) > 0))
+        if repeated.size:
+            i = int(repeated[0])
+            raise ValueError(
+                "lambdas must increase strictly (equal ones would repeat a step); "
+                f"evaluations {i} and {i + 1} have {self.lambdas[i]:g} and "
+                f"{self.lambdas[i + 1]:g}: use fewer steps"
+            )
+        if np.any(self.targets < self.lambdas):
+            i = int(np.flatnonzero(self.targets < self.lambdas)[0])
+            raise ValueError(f"targets must not add noise, step {i} does")
+
+    def __len__(self) -> int:
+        return self.times.size
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether every step ends where the next evaluation is."""
+        return bool(np.array_equal(self.targets[:-1], self.lambdas[1:]))
+
+    def from_step(self, start: int) -> TimeGrid:
+        """The grid without its first ``start`` evaluations (image-to-image starts part way)."""
+        if not 0 <= start < len(self):
+            raise ValueError(f"start must be in 0..{len(self) - 1}, got {start}")
+        return dataclasses.replace(
+            self,
+            times=self.times[start:],
+            lambdas=self.lambdas[start:],
+            targets=self.targets[start:],
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {len(self)} evaluations", "step  time       lambda     target"]
+        for i, (t, lam, target) in enumerate(
+            zip(self.times, self.lambdas, self.targets, strict=True)
+        ):
+            lines.append(f"{i:<4}  {t:<9.6g}  {lam:<9.6g}  {target:.6g}")
+        return "\n".join(lines)
+
+
+def check_choice(arg: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(unknown(arg, str(value), choices))
+
+
+def check_steps(steps: int, most: int | None = None) -> None:
+    """TypeError or ValueError unless ``steps`` is an integer in 1..most."""
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
+        raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if most is not None and steps > most:
+        raise ValueError(
+            f"steps must be at most {most} (the model's training timesteps), got {steps}"
+        )
+
+
+def timesteps(
+    num_timesteps: int, steps: int, spacing: str, convention: str = "ddim", steps_offset: int = 0
+) -> np.ndarray:
+    """The integer timesteps of linspace, leading or trailing spacing, descending, float64 [N].
+
+    See the table at the top of this file for ``convention``; ``steps_offset`` acts on "leading".
+    """
+    check_choice("spacing", spacing, SPACINGS[:3])
+    check_choice("convention", convention, CONVENTIONS)
+    check_steps(steps, num_timesteps)
+    extra = 1 if convention == "dpm" else 0
+    if spacing == "linspace":
+        points = np.linspace(0, num_timesteps - 1, steps + extra).round()[::-1]
+        return points[:steps].copy()
+    if spacing == "leading":
+        ratio = num_timesteps // (steps + extra)
+        return (np.arange(extra, steps + extra) * float(ratio) + steps_offset)[::-1].copy()
+    # arange's own length can be one too many when T/N is not exact in binary.
+    points = np.round(num_timesteps - np.arange(steps) * (num_timesteps / steps))
+    return points - 1
+
+
+def make_grid(
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str = "leading",
+    *,
+    convention: str = "ddim",
+    steps_offset: int = 0,
+    final: str = "zero",
+    stride: bool = False,
+    mode: str = "parity",
+    rho: float = 7.0,
+) -> TimeGrid:
+    """A grid by the name of its spacing.
+
+    spacing: "linspace", "leading", "trailing": whole timesteps, see the top of this file.
+        "karras": sigma/alpha between the schedule's ends by the rho rule of EDM (arXiv 2206.00364,
+        equation 5). "lambda": uniform in lambda (DPM-Solver, arXiv 2206.00927, section 3.3).
+    final: "zero": the last step goes to the clean sample. "sigma_min": to the noise of ``t_min``.
+    stride: step i goes to ``t_i - T//N`` instead of to the next evaluation (DDIM in diffusers).
+    mode: in "parity", karras and lambda hand the model whole timesteps and, with
+        ``final="sigma_min"``, end on an empty step, as diffusers does. In "exact" the times are
+        fractional and agree with the noise levels, and no step is empty.
+
+    Raises ValueError for a grid with repeated noise levels or timesteps the schedule lacks.
+    """
+    check_choice("spacing", spacing, SPACINGS)
+    check_choice("final", final, FINALS)
+    check_choice("mode", mode, MODES)
+    check_steps(steps)
+    if spacing in ("karras", "lambda"):
+        if stride:
+            raise ValueError(f"stride must be False for {spacing} spacing, got True")
+        return _level_grid(schedule, steps, spacing, final, mode, rho)
+    if not isinstance(schedule, DiscreteVP):
+        raise TypeError(
+            f"spacing must be karras or lambda for a {type(schedule).__name__}, got {spacing!r}"
+        )
+    times = timesteps(schedule.num_timesteps, steps, spacing, convention, steps_offset)
+    if times[0] > schedule.t_max or times[-1] < schedule.t_min:
+        raise ValueError(
+            f"steps_offset must keep the timesteps in 0..{schedule.t_max:g}, got {steps_offset} "
+            f"({steps} steps: {times[0]:g} .. {times[-1]:g})"
+        )
+    lambdas = schedule.lambda_at(times)
+    end = _end(schedule, final)
+    if stride:
+        previous = times - schedule.num_timesteps // steps
+        inside = schedule.lambda_at(np.maximum(previous, 0))
+        targets = np.where(previous >= 0, inside, end)
+    else:
+        targets = np.append(lambdas[1:], end)
+    return TimeGrid(f"{spacing} ({convention})", times, lambdas, targets, steps)
+
+
+def explicit_grid(
+    schedule: NoiseSchedule, times: Sequence[float] | np.ndarray, *, final: str = "zero"
+) -> TimeGrid:
+    """A grid through the given times, which must be finite, in range and strictly decreasing."""
+    check_choice("final", final, FINALS)
+    points = np.asarray(times, dtype=np.float64)
+    if points.ndim != 1 or points.size == 0:
+        raise ValueError(f"timesteps must be a non-empty list of numbers, got {times}")
+    if not np.all(np.isfinite(points)):
+        raise ValueError(f"timesteps must be finite, got {times}")
+    if np.any(np.diff(points) >= 0):
+        raise ValueError(f"timesteps must decrease strictly, got {times}")
+    if points[0] > schedule.t_max or points[-1] < schedule.t_min:
+        raise ValueError(
+            f"timesteps must be in {schedule.t_min:g}..{schedule.t_max:g}, got {times}"
+        )
+    lambdas = schedule.lambda_at(points)
+    return TimeGrid(
+        "explicit", points, lambdas, np.append(lambdas[1:], _end(schedule, final)), points.size
+    )
+
+
+def _end(schedule: NoiseSchedule, final: str) -> float:
+    return math.inf if final == "zero" else float(schedule.lambda_at(schedule.t_min))
+
+
+def _level_grid(
+    schedule: NoiseSchedule, steps: int, spacing: str, final: str, mode: str, rho: float
+) -> TimeGrid:
+    """Grids laid out in noise level rather than in time."""
+    ends = schedule.lambda_at(np.array([schedule.t_max, schedule.t_min]))
+    if not np.all(np.isfinite(ends)):
+        raise ValueError(
+            f"spacing must be linspace, leading or trailing for a schedule whose noise has no "
+            f"finite range, got {spacing!r}"
+        )
+    # In exact mode the end is a point of the grid; diffusers repeats it as the target.
+    closing = mode == "exact" and final == "sigma_min"
+    ramp = np.linspace(0.0, 1.0, steps + 1 if closing else steps)
+    if spacing == "karras":
+        most, least = np.exp(-ends / rho)  # (sigma/alpha)^(1/rho)
+        lambdas = -rho * np.log(most + ramp * (least - most))
+    else:
+        lambdas = ends[0] + ramp * (ends[1] - ends[0])
+    targets = np.append(lambdas[1:], _end(schedule, final))
+    if closing:
+        lambdas, targets = lambdas[:-1], targets[:-1]
+    times = schedule.time_at(lambdas)
+    if mode == "parity" and isinstance(schedule, DiscreteVP):
+        # diffusers rounds, except for the cosine schedule, where a cast to int64 truncates.
+        truncated = schedule.name in ("cosine", "squaredcos_cap_v2")
+        times = np.floor(times) if truncated else np.round(times)
+    return TimeGrid(spacing, times, lambdas, targets, steps)
