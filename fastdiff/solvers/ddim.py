@@ -52,7 +52,7 @@ def ddim(
 
     prediction: what the model predicts: "eps", "v" or "x0".
     eta: 0 is deterministic, 1 has the variance of DDPM; within 0..1.
-    mode: in "parity" every step draws noise when eta > 0, also where its coefficient is 0, so that a
+    mode: in "parity" every step draws noise when eta > 0, even with coefficient 0, so that a
         generator is left where diffusers leaves it. "exact" draws only noise that is used. (The
         larger difference, where a step goes, is in the grid: ``make_grid(stride=...)``.)
 
