@@ -3,8 +3,8 @@
 >>> from fastdiff import solvers
 >>> print(solvers.make_table("dpmpp_2m", "scaled_linear", 5))    # doctest: +SKIP
 
-Adding a solver: one function (schedule, grid, *, prediction, mode, options) -> SolverTable in a file
-of its family, and one line in SOLVERS (registry.py). Engines and kernels need nothing.
+Adding a solver: a function (schedule, grid, *, prediction, mode, options) -> SolverTable in the
+file of its family, and one line in SOLVERS (registry.py). Engines and kernels need nothing.
 """
 
 from __future__ import annotations

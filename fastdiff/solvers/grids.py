@@ -246,6 +246,9 @@ def _level_grid(
         lambdas = -rho * np.log(most + ramp * (least - most))
     else:
         lambdas = ends[0] + ramp * (ends[1] - ends[0])
+    # Rounding must not push the ends out of the schedule's range.
+    lambdas[-1] = ends[1]
+    lambdas[0] = ends[0]
     targets = np.append(lambdas[1:], _end(schedule, final))
     if closing:
         lambdas, targets = lambdas[:-1], targets[:-1]

@@ -150,7 +150,7 @@ def from_betas(betas: ArrayLike | torch.Tensor, name: str = "betas") -> Discrete
     """The schedule with the given betas, [T], each within 0 < beta <= 1 (1 at the last only)."""
     b = _to_numpy(betas)
     if b.ndim != 1 or not np.all(np.isfinite(b)) or np.any(b <= 0) or np.any(b > 1):
-        raise ValueError(f"betas must be 1-d within 0 < beta <= 1, got {betas}")
+        raise ValueError(f"betas must be 1-d within 0 < beta <= 1, got {b}")
     return DiscreteVP(name, np.cumprod(1.0 - b))
 
 

@@ -1,0 +1,248 @@
+"""Running a solver table. :func:`run_reference` is the meaning; the C++ loop must give its bits.
+
+Every product and every sum is a torch operation of its own, in the registers' dtype and in the
+order of the table: nothing is contracted to an FMA, so every engine can round the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdiff._ext import DTYPE_CODES, ext, ext_status
+from fastdiff.solvers.grids import check_choice
+from fastdiff.solvers.noise import Noise, PhiloxNoise
+from fastdiff.solvers.table import SolverTable, Update
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback sees after a step.
+
+    index: 0..total-1. time: the time the model was given.
+    x: the state after the step, in the state's dtype; a view of memory the next step overwrites:
+        clone it to keep it.
+    prediction: the solver's prediction in this step (x0 for all solvers here), or None when the
+        engine does not keep it.
+    """
+
+    index: int
+    total: int
+    time: float
+    x: Tensor
+    prediction: Tensor | None = None
+
+
+class Evaluate(Protocol):
+    """The model of one run.
+
+    A call gives whatever the model returns. ``accept`` makes of it a tensor like the model input
+    (shape, dtype, device, memory format) or raises; a fast engine skips it for an output that is
+    one already.
+    """
+
+    def __call__(self, model_input: Tensor, row: int, /) -> object: ...
+
+    def accept(self, output: object, /) -> Tensor: ...
+
+
+# Called after each step; False stops the run.
+OnStep = Callable[[StepInfo], bool]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype registers are held in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def run_reference(
+    table: SolverTable,
+    x: Tensor,
+    evaluate: Evaluate,
+    *,
+    dtype: torch.dtype,
+    copies: int = 1,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Runs ``table`` from the state ``x`` with plain torch operations.
+
+    x: [B, ...] in the registers' dtype (float32 or float64); not modified.
+    dtype: the model input's dtype. copies: 2 evaluates [uncond, cond] as one batch of 2B.
+    noise: gives draw k as a tensor like x; needed when the table draws noise.
+    Returns the state after the last step, or after the one where ``on_step`` returned False.
+    """
+    if table.num_draws and noise is None:
+        raise ValueError(f"noise must be given for a table with {table.num_draws} draws, got None")
+    registers: list[Tensor | None] = [x, *([None] * (table.num_registers - 1))]
+    batch = x.shape[0]
+    total = len(table)
+    for i, row in enumerate(table.rows):
+        feed = registers[row.feed]
+        assert feed is not None  # the table's validation
+        model_input = (feed if row.input_scale == 1 else feed * row.input_scale).to(dtype)
+        if copies > 1:
+            model_input = torch.cat([model_input] * copies)
+        elif model_input is x:
+            model_input = x.clone()  # a model may write to its input; the caller's x must live
+        output = evaluate.accept(evaluate(model_input, i)).to(x.dtype)
+        if copies == 2:
+            uncond, cond = output[:batch], output[batch:]
+            output = uncond + (cond - uncond) * row.guidance_scale
+        prediction = _sum([(row.from_state, feed), (row.from_output, output)], like=x)
+        z = noise.draw(row.draw) if noise is not None and row.draw >= 0 else None
+        new = [_update(update, registers, prediction, z, x) for update in row.updates]
+        for update, value in zip(row.updates, new, strict=True):
+            registers[update.dest] = value
+        state = registers[0]
+        assert state is not None
+        if on_step is not None and not on_step(StepInfo(i, total, row.time, state, prediction)):
+            break
+    result = registers[0]
+    assert result is not None
+    return result.clone() if result is x else result
+
+
+def _update(
+    update: Update,
+    registers: list[Tensor | None],
+    prediction: Tensor,
+    z: Tensor | None,
+    like: Tensor,
+) -> Tensor:
+    terms = list(zip(update.from_registers, registers, strict=True))
+    return _sum([*terms, (update.from_prediction, prediction), (update.from_noise, z)], like)
+
+
+def _sum(terms: list[tuple[float, Tensor | None]], like: Tensor) -> Tensor:
+    """The sum in the order given; a coefficient of exactly 0 skips its term, unread."""
+    total: Tensor | None = None
+    for coefficient, value in terms:
+        if coefficient == 0:
+            continue
+        assert value is not None
+        term = value * coefficient
+        total = term if total is None else total + term
+    return torch.zeros_like(like) if total is None else total
+
+
+ENGINES = ("auto", "cpp", "reference")
+
+
+def run(
+    table: SolverTable,
+    x: Tensor,
+    evaluate: Evaluate,
+    *,
+    dtype: torch.dtype,
+    copies: int = 1,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """Runs ``table`` with the engine asked for; the arguments are those of run_reference.
+
+    "auto" takes the C++ loop where it can run, else the reference. "cpp" raises RuntimeError with
+    the reason where it cannot.
+    """
+    check_choice("engine", engine, ENGINES)
+    module, reason = (None, "") if engine == "reference" else _cpp(x)
+    if engine == "cpp" and module is None:
+        raise RuntimeError(f"engine='cpp' cannot run: {reason}")
+    if module is not None:
+        return _run_cpp(module, table, x, evaluate, dtype, copies, noise, on_step)
+    return run_reference(
+        table, x, evaluate, dtype=dtype, copies=copies, noise=noise, on_step=on_step
+    )
+
+
+def _cpp(x: Tensor) -> tuple[ModuleType | None, str]:
+    """The extension when its loop can run on ``x``, else None and why not."""
+    module = ext()
+    if module is None:
+        return None, ext_status()
+    if not hasattr(module, "sampling_loop"):
+        return None, "this build of the extension has no sampling loop; reinstall fastdiff"
+    if x.device.type != "cpu":
+        return None, f"its loop runs on the CPU, the state is on {x.device}"
+    return module, ""
+
+
+def _run_cpp(
+    module: ModuleType,
+    table: SolverTable,
+    x: Tensor,
+    evaluate: Evaluate,
+    dtype: torch.dtype,
+    copies: int,
+    noise: Noise | None,
+    on_step: OnStep | None,
+) -> Tensor:
+    if table.num_draws and noise is None:
+        raise ValueError(f"noise must be given for a table with {table.num_draws} draws, got None")
+    total = len(table)
+    packed = table.pack()
+    registers = [x.clone(), *(torch.empty_like(x) for _ in range(1, table.num_registers))]
+    direct = dtype == x.dtype and copies == 1 and all(r.input_scale == 1 for r in table.rows)
+    if direct:
+        inputs = [registers[row.feed] for row in table.rows]
+        buffer = None
+    else:
+        first = registers[table.rows[0].feed]
+        scaled = first if packed.first_input_scale == 1 else first * packed.first_input_scale
+        # cat would turn a channels_last batch of one into a contiguous one.
+        buffer = torch.empty((copies * x.shape[0], *x.shape[1:]), dtype=dtype, device=x.device).to(
+            memory_format=_format(x)
+        )
+        for part in buffer.chunk(copies):
+            part.copy_(scaled)
+        inputs = [buffer] * total
+
+    # A kernel counts elements in memory order, the stream of a seed in logical order.
+    seeds = noise.seeds if isinstance(noise, PhiloxNoise) and x.is_contiguous() else []
+    draw = None
+    if noise is not None and not seeds:
+
+        def draw(index: int) -> Tensor:
+            return noise.draw(index).contiguous(memory_format=_format(x))
+
+    after = None
+    if on_step is not None:
+
+        def after(row: int) -> bool:
+            return on_step(StepInfo(row, total, table.rows[row].time, registers[0]))
+
+    module.sampling_loop(
+        table=module.PackedTable(
+            packed.index, packed.coef, packed.num_registers, packed.max_updates
+        ),
+        evaluate=evaluate,
+        inputs=inputs,
+        like=inputs[0],
+        accept=evaluate.accept,
+        draw=draw,
+        on_step=after,
+        registers=[register.data_ptr() for register in registers],
+        state_dtype=DTYPE_CODES[x.dtype],
+        output_dtype=DTYPE_CODES[dtype],
+        input=0 if buffer is None else buffer.data_ptr(),
+        input_dtype=DTYPE_CODES[dtype],
+        copies=copies,
+        seeds=seeds,
+        images=x.shape[0],
+        per_image=x[0].numel(),
+        threads=torch.get_num_threads(),
+    )
+    return registers[0]
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """channels_last for a state that is laid out so, else contiguous."""
+    if x.dim() == 4 and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
