@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -89,9 +90,10 @@ def sample(
     shape, device, dtype = _state_facts(model, defaults, shape, x, seed, device, dtype)
     guided = _is_guided(guidance_scale, cond, uncond)
     kwargs = _model_arguments(shape[0], guided, cond, uncond, model_kwargs)
-    table = _table(defaults, solver, steps, schedule, grid, prediction, solver_options)
+    scale: float | tuple[float, ...] = 1.0
     if guided:
-        table = table.with_guidance(guidance_scale)
+        scale = guidance_scale if isinstance(guidance_scale, (int, float)) else (*guidance_scale,)
+    table = _table(defaults, solver, steps, schedule, grid, prediction, scale, solver_options)
 
     held = state_dtype(dtype)
     noise = _noise(shape, seed, generator, dtype, held, device)
@@ -148,12 +150,13 @@ def _table(
     schedule: str | NoiseSchedule | None,
     grid: Grid,
     prediction: str | None,
+    scale: float | tuple[float, ...],
     options: dict[str, Any],
 ) -> SolverTable:
     if isinstance(solver, SolverTable):
         if options:
             raise TypeError(f"solver is a finished table and takes no options, got {list(options)}")
-        return solver
+        return solver if scale == 1 else solver.with_guidance(scale)
     get_solver(solver)  # the solver's name first: the likelier mistake
     if schedule is None:
         schedule = getattr(defaults, "schedule", None)
@@ -164,7 +167,27 @@ def _table(
         )
     if prediction is None:
         prediction = getattr(defaults, "prediction", None) or "eps"
-    return make_table(solver, schedule, steps, grid=grid, prediction=prediction, **options)
+    if isinstance(grid, (list, np.ndarray)):
+        grid = tuple(float(time) for time in grid)
+    make: Callable[..., SolverTable] = _cached_table
+    try:
+        hash((solver, schedule, steps, grid, prediction, scale, *options.values()))
+    except TypeError:
+        make = make_table
+    return make(
+        solver,
+        schedule,
+        steps,
+        grid=grid,
+        prediction=prediction,
+        guidance_scale=scale,
+        **options,
+    )
+
+
+# A table depends on its arguments alone; making one takes longer than a step of a small model.
+# `typed` keeps steps=True from finding the table of steps=1.
+_cached_table = functools.lru_cache(maxsize=64, typed=True)(make_table)
 
 
 def _state_facts(

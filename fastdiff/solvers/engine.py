@@ -6,10 +6,11 @@ order of the table: nothing is contracted to an FMA, so every engine can round t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastdiff._ext import DTYPE_CODES, ext, ext_status
 from fastdiff.solvers.grids import check_choice
 from fastdiff.solvers.noise import Noise, PhiloxNoise
-from fastdiff.solvers.table import SolverTable, Update
+from fastdiff.solvers.table import PackedTable, SolverTable, Update
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,20 @@ def run(
     )
 
 
+# The extension's copies of packed tables, so that a table is handed over once.
+_NATIVE: weakref.WeakKeyDictionary[PackedTable, Any] = weakref.WeakKeyDictionary()
+
+
+def _native(module: ModuleType, packed: PackedTable) -> Any:
+    native = _NATIVE.get(packed)
+    if native is None:
+        native = module.PackedTable(
+            packed.index, packed.coef, packed.num_registers, packed.max_updates
+        )
+        _NATIVE[packed] = native
+    return native
+
+
 def _cpp(x: Tensor) -> tuple[ModuleType | None, str]:
     """The extension when its loop can run on ``x``, else None and why not."""
     module = ext()
@@ -218,9 +233,7 @@ def _run_cpp(
             return on_step(StepInfo(row, total, table.rows[row].time, registers[0]))
 
     module.sampling_loop(
-        table=module.PackedTable(
-            packed.index, packed.coef, packed.num_registers, packed.max_updates
-        ),
+        table=_native(module, packed),
         evaluate=evaluate,
         inputs=inputs,
         like=inputs[0],

@@ -85,7 +85,7 @@ def make_table(
     grid: Grid = None,
     prediction: str = "eps",
     mode: str = "parity",
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     **options: Any,
 ) -> SolverTable:
     """The table of a solver on a schedule: what ``fastdiff.sample`` runs.

@@ -8,6 +8,7 @@ variance exploding, flow) differs from another in the second map only.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -213,7 +214,13 @@ def get_schedule(schedule: str | NoiseSchedule) -> NoiseSchedule:
         )
     if schedule not in SCHEDULES:
         raise ValueError(unknown("schedule", schedule, list(SCHEDULES)))
-    return SCHEDULES[schedule]()
+    return _named(schedule)
+
+
+@functools.cache
+def _named(name: str) -> NoiseSchedule:
+    """One object per name, so that what is cached by schedule is found again."""
+    return SCHEDULES[name]()
 
 
 def unknown(arg: str, value: str, known: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ agree bit for bit. Register 0 starts as ``init_scale*z`` and ends as the sample.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -68,7 +69,7 @@ class Row:
     draw: int = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedTable:
     """The table as three arrays, for engines that are not Python.
 
@@ -199,7 +200,11 @@ class SolverTable:
         return tuple(row.time for row in self.rows)
 
     def pack(self) -> PackedTable:
-        """The table as arrays; see :class:`PackedTable`."""
+        """The table as read-only arrays; see :class:`PackedTable`. Made once per table."""
+        return self._packed
+
+    @functools.cached_property
+    def _packed(self) -> PackedTable:
         n, r = len(self.rows), self.num_registers
         u = max(len(row.updates) for row in self.rows)
         index = np.full((n, 4 + u), -1, dtype=np.int32)
@@ -220,10 +225,13 @@ class SolverTable:
                 coef[i, start : start + r] = update.from_registers
                 coef[i, start + r] = update.from_prediction
                 coef[i, start + r + 1] = update.from_noise
+        times = np.array(self.times, dtype=np.float64)
+        for array in (index, coef, times):
+            array.setflags(write=False)
         return PackedTable(
             index=index,
             coef=coef,
-            times=np.array(self.times, dtype=np.float64),
+            times=times,
             num_registers=r,
             max_updates=u,
             num_draws=self.num_draws,
