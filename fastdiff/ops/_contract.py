@@ -1,0 +1,211 @@
+"""What an op is: one reference, checks, examples and the implementations that must agree with it.
+
+An op is registered as ``torch.ops.fastdiff.<name>``. Its fake and its gradient come from the
+reference, so `torch.compile` and autograd work with every implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, in the order and with the names of the schema."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map_tensors(self, function: Callable[[torch.Tensor], Any]) -> Call:
+        """The same call with every tensor replaced by ``function(tensor)``."""
+
+        def one(value: Any) -> Any:
+            return function(value) if isinstance(value, torch.Tensor) else value
+
+        return Call(tuple(map(one, self.args)), {k: one(v) for k, v in self.kwargs.items()})
+
+    def double(self) -> Call:
+        """The same numbers in float64, for the oracle."""
+        return self.map_tensors(lambda t: t.double() if t.is_floating_point() else t)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the call."""
+        values = (*self.args, *self.kwargs.values())
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A named case: ``make(device, dtype)`` gives the call. Same numbers on every machine."""
+
+    name: str
+    make: Callable[[torch.device | str, torch.dtype], Call]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op. ``supports`` gives "" or the reason this call cannot run."""
+
+    name: str
+    supports: Callable[..., str]
+    run: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class AotConfig:
+    """One kernel specialisation to compile ahead of time, in the terms of ``triton.compile``."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+    label: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """The contract of one op.
+
+    name: the one name that finds the kernel, the contract, the tests and the benchmarks.
+    schema: arguments and result in PyTorch's schema language, without the name and without "*"; the
+        last argument is ``str impl="auto"``, which the callables below do not receive.
+    reference: plain PyTorch; the meaning, the fallback, the source of the fake and of the gradient.
+    check: raises ValueError or TypeError for arguments outside the contract.
+    implementations: in order of preference; the reference is added as the last one.
+    examples: shapes of real models, by name, the smallest first.
+    samples: awkward cases for the conformance tests.
+    bytes_moved, flops: of a call, counting every input and output once.
+    aot: the launch configurations to compile ahead of time, or None when there is no Triton kernel.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., torch.Tensor]
+    check: Callable[..., None]
+    implementations: tuple[Implementation, ...]
+    examples: tuple[Example, ...]
+    samples: tuple[Example, ...]
+    bytes_moved: Callable[..., int]
+    flops: Callable[..., int]
+    aot: Callable[[], Iterable[AotConfig]] | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+    def implementation_names(self) -> tuple[str, ...]:
+        """Every value ``impl`` takes besides "auto"."""
+        return (*(impl.name for impl in self.implementations), "reference")
+
+    def why_not(self, name: str, *args: Any, **kwargs: Any) -> str:
+        """ "" when the implementation can run this call, else the reason."""
+        if name == "reference":
+            return ""
+        for impl in self.implementations:
+            if impl.name == name:
+                return impl.supports(*args, **kwargs)
+        raise ValueError(f"impl must be 'auto' or one of {self.implementation_names()}, got {name!r}")
+
+    def choose(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., torch.Tensor]:
+        """The function that computes this call.
+
+        ValueError for an unknown name, RuntimeError for a named one that cannot run the call.
+        """
+        if impl == "auto":
+            for candidate in self.implementations:
+                if not candidate.supports(*args, **kwargs):
+                    return candidate.run
+            return self.reference
+        reason = self.why_not(impl, *args, **kwargs)
+        if reason:
+            raise RuntimeError(f"{self.name}: impl={impl!r} cannot run: {reason}")
+        if impl == "reference":
+            return self.reference
+        return next(candidate.run for candidate in self.implementations if candidate.name == impl)
+
+    def __call__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> torch.Tensor:
+        """Through ``torch.ops``, so that compilation, autograd and fakes see one op."""
+        return getattr(torch.ops.fastdiff, self.name)(*args, **kwargs, impl=impl)
+
+    def self_check(self, device: str) -> dict[str, str]:
+        """Runs the first example through every implementation: name -> "ok ...", "not usable:
+        why", or what went wrong."""
+        from fastdiff.testing import assert_within_2x
+
+        outcomes = {}
+        call = self.examples[0].make(device, torch.float32)
+        oracle = self.reference(*call.double().args, **call.double().kwargs)
+        torch_result = self.reference(*call.args, **call.kwargs)
+        for name in self.implementation_names():
+            try:
+                reason = self.why_not(name, *call.args, **call.kwargs)
+                if reason:
+                    outcomes[name] = f"not usable: {reason}"
+                    continue
+                result = self(*call.args, **call.kwargs, impl=name)
+                worst = assert_within_2x(result, oracle, torch_result)
+                outcomes[name] = f"ok, error {worst:.2f} of the allowed"
+            except Exception as error:  # the doctor reports whatever breaks
+                outcomes[name] = f"{type(error).__name__}: {error}"
+        return outcomes
+
+
+def register(op: Op) -> Op:
+    """Defines ``torch.ops.fastdiff.<op.name>`` on CPU and CUDA, with its fake and its gradient."""
+    _LIBRARY.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    qualified = f"fastdiff::{op.name}"
+
+    # The dispatcher leaves out arguments that equal their default: bind puts `impl` where it is.
+    impl_position = len(getattr(torch.ops.fastdiff, op.name).default._schema.arguments) - 1
+
+    def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+        if len(args) > impl_position:
+            return args[impl_position], args[:impl_position]
+        return kwargs.pop("impl", "auto"), args
+
+    def compute(*args: Any, **kwargs: Any) -> torch.Tensor:
+        impl, args = split(args, kwargs)
+        op.check(*args, **kwargs)
+        return op.choose(impl, *args, **kwargs)(*args, **kwargs)
+
+    def fake(*args: Any, **kwargs: Any) -> torch.Tensor:
+        _, args = split(args, kwargs)
+        op.check(*args, **kwargs)
+        return op.reference(*args, **kwargs)
+
+    # The schema has no keyword-only arguments (torch.library gives those no gradient), so `inputs`
+    # holds all of them, `impl` last.
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        positions = iter(range(len(tensors)))
+        ctx.save_for_backward(*tensors)
+        ctx.inputs = [
+            _Saved(next(positions)) if isinstance(value, torch.Tensor) else value
+            for value in inputs[:-1]
+        ]
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        """The reference's gradient, computed again from the inputs: no activation is kept."""
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            result = op.reference(
+                *(leaves[v.index] if isinstance(v, _Saved) else v for v in ctx.inputs)
+            )
+        grads = torch.autograd.grad(result, leaves, grad, allow_unused=True)
+        return (*(grads[v.index] if isinstance(v, _Saved) else None for v in ctx.inputs), None)
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(op.name, compute, key)
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    return op
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Stands for a tensor that autograd keeps."""
+
+    index: int
