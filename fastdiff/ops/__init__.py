@@ -1,0 +1,11 @@
+"""The fused operators. ``OPS`` is the list: tests, benchmarks, ahead-of-time checks loop over it."""
+
+from __future__ import annotations
+
+from fastdiff.ops._contract import Op
+from fastdiff.ops.group_norm_silu import OP as _GROUP_NORM_SILU
+from fastdiff.ops.group_norm_silu import group_norm_silu
+
+OPS: tuple[Op, ...] = (_GROUP_NORM_SILU,)
+
+__all__ = ["OPS", "Op", "group_norm_silu"]

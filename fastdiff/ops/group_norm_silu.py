@@ -1,0 +1,344 @@
+"""group_norm_silu: y = act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift).
+
+GroupNorm: Wu and He, 2018, https://arxiv.org/abs/1803.08494. add, scale and shift are the forms in
+which diffusion U-Nets inject the time embedding: added to the convolution's output (Stable
+Diffusion) or as scale and shift (ADM, https://arxiv.org/abs/2105.05233, adaptive group norm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from fastdiff._ext import DTYPE_CODES, ext, ext_status
+from fastdiff.environment import interpreting
+from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
+
+Tensor = torch.Tensor
+ACTIVATIONS = ("none", "silu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """The op in plain PyTorch, in the widest dtype among the arguments, rounded to x's at the end."""
+    dtype = x.dtype
+    for tensor in (weight, bias, add, scale, shift):
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+
+    def rows(row: Tensor) -> Tensor:
+        return row.to(dtype).reshape(*row.shape, *[1] * (x.dim() - 2))
+
+    y = x.to(dtype)
+    if add is not None:
+        y = y + rows(add)
+    y = torch.group_norm(
+        y,
+        num_groups,
+        None if weight is None else weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        eps,
+    )
+    if scale is not None:
+        y = y * (1 + rows(scale))
+    if shift is not None:
+        y = y + rows(shift)
+    if activation == "silu":
+        y = torch.nn.functional.silu(y)
+    y = y.to(x.dtype)
+    out = torch.empty_like(x)  # x's memory format, whatever group_norm made of it
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
+def check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> None:
+    """ValueError or TypeError for arguments outside the contract."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [N, C, ...], got {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    if num_groups < 1 or channels < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+    if any(size == 0 for size in x.shape[2:]):
+        raise ValueError(f"x must have at least one pixel, got {tuple(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    if bias is not None and weight is None:
+        raise ValueError("bias must come with weight, got weight=None")
+    shapes = {"weight": (channels,), "bias": (channels,)}
+    shapes |= dict.fromkeys(("add", "scale", "shift"), (batch, channels))
+    given = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    seen: dict[bool, tuple[str, torch.dtype]] = {}
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name} must be {x.dtype} like x or float32, got {tensor.dtype}")
+        first, dtype = seen.setdefault(name in ("weight", "bias"), (name, tensor.dtype))
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} like {first}, got {tensor.dtype}")
+
+
+def memory_layout(x: Tensor) -> str:
+    """ "channels_first", "channels_last", or "" for a view that is neither."""
+    if x.is_contiguous():
+        return "channels_first"
+    return "channels_last" if x.movedim(1, -1).is_contiguous() else ""
+
+
+def _unsupported(x: Tensor, *vectors: Tensor | None) -> str:
+    """Why the fused kernels cannot take these tensors, or ""."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}; the kernels take float32, float16 and bfloat16"
+    if not memory_layout(x):
+        return f"x has strides {x.stride()}, neither contiguous nor channels last"
+    for vector in vectors:
+        if vector is not None and vector.shape[-1] > 1 and vector.stride(-1) != 1:
+            return "a per-channel argument has strided channels"
+    return ""
+
+
+def _cpp_supports(
+    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation=""
+) -> str:
+    if x.device.type != "cpu":
+        return f"it computes on the CPU, x is on {x.device}"
+    return ext_status() or _unsupported(x, weight, bias, add, scale, shift)
+
+
+def _cpp(
+    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation="silu"
+) -> Tensor:
+    out = torch.empty_like(x)
+    batch, channels = x.shape[:2]
+    if x.numel() == 0:
+        return out
+
+    def dtype_of(*vectors: Tensor | None) -> int:
+        return next((DTYPE_CODES[v.dtype] for v in vectors if v is not None), 0)
+
+    def pointer(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    def stride(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.stride(0)
+
+    ext().group_norm_silu(  # type: ignore[union-attr]
+        *(x.data_ptr(), pointer(add), stride(add), pointer(weight), pointer(bias)),
+        *(pointer(scale), stride(scale), pointer(shift), stride(shift), out.data_ptr()),
+        *(batch, channels, x.numel() // (batch * channels), num_groups, eps),
+        *(int(activation == "silu"), memory_layout(x) == "channels_last", DTYPE_CODES[x.dtype]),
+        *(dtype_of(weight, bias), dtype_of(add, scale, shift), torch.get_num_threads()),
+    )
+    return out
+
+
+def _triton_supports(
+    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation=""
+) -> str:
+    if x.device.type != "cuda" and not interpreting():
+        return f"it computes on CUDA devices, x is on {x.device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"it needs sm_80 or newer, {x.device} is older"
+    return _unsupported(x, weight, bias, add, scale, shift)
+
+
+def _triton(
+    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation="silu"
+) -> Tensor:
+    from fastdiff.kernels import group_norm_silu as kernels
+
+    out = torch.empty_like(x)
+    if x.numel():
+        channels_last = memory_layout(x) == "channels_last"
+        rows = (add, scale, shift)
+        kernels.launch(x, out, num_groups, weight, bias, *rows, eps, activation == "silu", channels_last)
+    return out
+
+
+def bytes_moved(x: Tensor, num_groups: int, *args, **kwargs) -> int:
+    """x read once, y written once, every per-channel argument read once."""
+    vectors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    return 2 * x.numel() * x.element_size() + sum(v.numel() * v.element_size() for v in vectors)
+
+
+def flops(x: Tensor, num_groups: int, *args, **kwargs) -> int:
+    """Per element: 4 for the statistics, 2 for one multiply-add, 4 for SiLU (exp counts as one)."""
+    activation = kwargs.get("activation", args[6] if len(args) > 6 else "silu")
+    return x.numel() * (10 if activation == "silu" else 6)
+
+
+def example(
+    name: str,
+    shape: tuple[int, ...],
+    groups: int = 32,
+    extras: Iterable[str] = (),
+    channels_last: bool = False,
+    affine: bool = True,
+    activation: str = "silu",
+    mean: float = 0.0,
+    magnitude: float = 1.0,
+    edit: Callable[[Call], Call] | None = None,
+) -> Example:
+    """A case with random numbers; extras: "add", "scale", "shift", "param32" (float32 weights)."""
+
+    def make(device: torch.device | str, dtype: torch.dtype) -> Call:
+        generator = torch.Generator().manual_seed(17)
+
+        def random(size: tuple[int, ...], to: torch.dtype = dtype) -> Tensor:
+            return torch.randn(size, generator=generator).to(device=device, dtype=to)
+
+        x = (torch.randn(shape, generator=generator) * magnitude + mean).to(device, dtype)
+        if channels_last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        rows = {key: random(shape[:2]) for key in ("add", "scale", "shift") if key in extras}
+        vectors = {}
+        if affine:
+            to = torch.float32 if "param32" in extras else dtype
+            vectors = {"weight": random(shape[1:2], to), "bias": random(shape[1:2], to)}
+        call = Call((x, groups), {**vectors, **rows, "activation": activation})
+        return edit(call) if edit else call
+
+    return Example(name, make)
+
+
+EXAMPLES = (
+    example("SD1.5 mid block 8x8", (2, 1280, 8, 8), extras=("add",)),
+    example("SD1.5 down block 64x64", (2, 320, 64, 64), extras=("add",)),
+    example("SD1.5 up block 32x32", (2, 960, 32, 32), channels_last=True),
+    example("SDXL down block 128x128", (2, 320, 128, 128), extras=("add",), channels_last=True),
+    example("SDXL transformer entry 32x32", (2, 1280, 32, 32), activation="none"),
+    example("ADM-256 res block 32x32", (1, 512, 32, 32), extras=("scale", "shift")),
+    example("VAE decoder 512x512", (1, 128, 512, 512)),
+    example("VAE decoder 512x512 channels last", (1, 256, 256, 256), channels_last=True),
+)
+
+
+def _strided_rows(call: Call) -> Call:
+    """scale, shift = modulation.chunk(2, 1), and an add that is one row for the whole batch."""
+    x, kwargs = call.args[0], dict(call.kwargs)
+    both = torch.cat([kwargs["scale"], kwargs["shift"]], 1)
+    kwargs["scale"], kwargs["shift"] = both.chunk(2, 1)
+    kwargs["add"] = kwargs["add"][:1].expand(x.shape[0], -1)
+    return Call(call.args, kwargs)
+
+
+def _sliced_x(call: Call) -> Call:
+    wide = torch.cat([call.args[0]] * 2, 1)
+    return Call((wide[:, : call.args[0].shape[1]], *call.args[1:]), call.kwargs)
+
+
+_ALL = ("add", "scale", "shift")
+SAMPLES = (
+    example("one pixel, two channels per group", (2, 8, 1, 1), 4, _ALL),
+    example("one group", (2, 6, 5, 7), 1, _ALL),
+    example("a group per channel", (2, 5, 9, 3), 5, _ALL),
+    example("40 channels per group, odd pixels", (1, 80, 3, 5), 2, _ALL),
+    example("no weight", (2, 12, 4, 4), 3, affine=False),
+    example("no activation", (2, 12, 4, 4), 3, _ALL, activation="none"),
+    example("float32 weights", (2, 12, 4, 4), 3, ("add", "param32")),
+    example("3-D", (2, 12, 37), 3, ("scale", "shift")),
+    example("5-D", (1, 12, 3, 5, 4), 3, ("add",)),
+    example("2-D", (3, 12), 3, ("add",)),
+    example("channels last", (2, 24, 5, 7), 4, _ALL, channels_last=True),
+    example("channels last 5-D", (1, 12, 3, 5, 4), 3, ("add",), channels_last=True),
+    example("channels last, 130 channels", (1, 130, 6, 11), 13, _ALL, channels_last=True),
+    # Larger than one block: the statistics come in parts.
+    example("split group", (1, 4, 130, 131), 2, _ALL),
+    example("split group, channels last", (1, 24, 80, 81), 2, _ALL, channels_last=True),
+    # E[x^2] - E[x]^2 has no digits left here in float32.
+    example("mean far above the deviation", (1, 8, 16, 16), 2, mean=3000.0),
+    example("the same, split", (1, 4, 130, 131), 2, mean=3000.0, channels_last=True),
+    example("large values", (1, 8, 16, 16), 2, magnitude=1.5e4),
+    example("small values", (1, 8, 16, 16), 2, magnitude=1e-4),
+    example("strided rows", (3, 12, 4, 5), 3, _ALL, edit=_strided_rows),
+    example("x is a view", (2, 12, 4, 5), 3, edit=_sliced_x),
+    example("empty batch", (0, 12, 4, 5), 3, _ALL),
+)
+
+
+def _aot() -> Iterable[AotConfig]:
+    from fastdiff.kernels import group_norm_silu as kernels
+
+    return (AotConfig(*config) for config in kernels.aot_configs())
+
+
+OP = register(
+    Op(
+        name="group_norm_silu",
+        schema="(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, "
+        "Tensor? add=None, Tensor? scale=None, Tensor? shift=None, float eps=1e-05, "
+        'str activation="silu", str impl="auto") -> Tensor',
+        reference=reference,
+        check=check,
+        implementations=(
+            Implementation("cpp", _cpp_supports, _cpp),
+            Implementation("triton", _triton_supports, _triton),
+        ),
+        examples=EXAMPLES,
+        samples=SAMPLES,
+        bytes_moved=bytes_moved,
+        flops=flops,
+        aot=_aot,
+    )
+)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    impl: str = "auto",
+) -> Tensor:
+    """act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift) in one or two passes over x.
+
+    x: [N, C, ...], float32, float16, bfloat16 (float64 by the reference); contiguous or channels
+    last run fused, any other view by the reference. weight, bias: [C]. add, scale, shift: [N, C] with
+    any batch stride. Each is x's dtype or float32. activation: "silu" or "none". impl: "auto", "cpp",
+    "triton" or "reference". Returns a tensor of x's dtype and memory format; statistics are float32
+    or wider, differentiable through the reference.
+
+    ValueError or TypeError for arguments outside this; RuntimeError when a named impl cannot run.
+    """
+    return torch.ops.fastdiff.group_norm_silu(
+        x, num_groups, weight, bias, add, scale, shift, eps, activation, impl
+    )
