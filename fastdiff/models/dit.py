@@ -7,8 +7,8 @@ are. Shapes: B images of C channels, patches of P x P pixels, T = (H/P)(W/P) tok
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,12 @@ class DiTConfig:
     learn_sigma: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_classes < 1 or self.num_heads < 1 or not self.mlp_ratio > 0:
-            raise ValueError(f"num_classes, num_heads and mlp_ratio must be positive, got {self}")
+        for name in (field.name for field in fields(self) if field.type == "int"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.mlp_ratio, (int, float)) or not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio must be a positive number, got {self.mlp_ratio!r}")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"input_size must be a multiple of patch_size {self.patch_size}, "
@@ -52,6 +53,11 @@ class DiTConfig:
     def out_channels(self) -> int:
         """Channels of the output: twice the input's when the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means no label: the last row of the table."""
+        return self.num_classes
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +94,7 @@ CONFIGS = _sizes()
 
 
 def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, then ``(1 + scale) x + shift`` per image; x [B, T, D]."""
+    """LayerNorm without parameters, then ``(1 + scale) x + shift`` per image; x [B, T, D]."""
     normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
@@ -113,7 +119,8 @@ def gelu(x: Tensor) -> Tensor:
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding [cos, sin] of the times t [B], integer or fractional; [B, dim].
 
-    Frequencies max_period^(-i/half), i = 0 .. half-1, half = dim/2. float64 when t is, else float32.
+    Frequencies max_period^(-i/half), i = 0 .. half-1, half = dim/2. float64 when t is,
+    else float32.
     """
     half = dim // 2
     dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -158,7 +165,9 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            timestep_embedding(t, self.frequencies).to(next(self.mlp.parameters()).dtype)
+        )
 
 
 class LabelEmbedder(nn.Module):
@@ -230,10 +239,17 @@ class DiT(nn.Module):
     x: [B, C, H, W] with H = W = ``config.input_size``; t: [B] times 0..999, integer or fractional;
     y: [B] int64 labels 0..num_classes, where num_classes means no label.
     Returns [B, C, H, W], or [B, 2C, H, W] when the variance is learned (noise first).
-    Raises ValueError for another shape of x.
+    Raises ValueError for another shape, and on the CPU for a label outside the table.
+
+    ``sampling`` (a fastdiff.models.Sampling or None) tells ``fastdiff.sample`` the schedule,
+    prediction and shape the weights were trained for; ``fastdiff.load`` sets it.
     """
 
+    sampling: Any = None
+
     def __init__(self, config: DiTConfig) -> None:
+        if not isinstance(config, DiTConfig):
+            raise TypeError(f"config must be a DiTConfig, as CONFIGS['digits'], got {config!r}")
         super().__init__()
         self.config = config
         d = config.hidden_size
@@ -252,23 +268,19 @@ class DiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 # The patch convolution is initialised as the linear map it is.
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
-        zeroed: list[nn.Module] = [block.adaLN_modulation[1] for block in self.blocks]
-        for module in [*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+                nn.init.zeros_(cast(Tensor, module.bias))
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for index in (0, 2):
+            nn.init.normal_(cast(nn.Linear, self.t_embedder.mlp[index]).weight, std=0.02)
+        zeroed = [self.final_layer.linear]
+        for module in self.modules():
+            if isinstance(module, (DiTBlock, FinalLayer)):
+                zeroed.append(cast(nn.Linear, module.adaLN_modulation[1]))
+        for layer in zeroed:
+            nn.init.zeros_(layer.weight)  # the biases are zero already
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        config = self.config
-        expected: Sequence[int] = (config.in_channels, config.input_size, config.input_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != tuple(expected):
-            raise ValueError(f"x must have shape [B, *{list(expected)}], got {list(x.shape)}")
+        self._check(x, t, y)
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
@@ -281,3 +293,18 @@ class DiT(nn.Module):
         grid = self.config.input_size // patch
         x = tokens.view(-1, grid, grid, patch, patch, channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, grid * patch, grid * patch)
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        size, last = self.config.input_size, self.config.null_label
+        expected = [self.config.in_channels, size, size]
+        if x.dim() != 4 or list(x.shape[1:]) != expected:
+            raise ValueError(f"x must have shape [B, *{expected}], got {list(x.shape)}")
+        for name, value in (("t", t), ("y", y)):
+            if value.dim() != 1 or value.shape[0] != x.shape[0]:
+                raise ValueError(f"{name} must have shape [{x.shape[0]}], got {list(value.shape)}")
+        # Reading the values would synchronise a GPU and break a graph; there the embedding checks.
+        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high > last:
+                wrong = low if low < 0 else high
+                raise ValueError(f"y must be in 0..{last} ({last}: no label), got {wrong}")

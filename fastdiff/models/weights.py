@@ -109,7 +109,7 @@ def save(
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
-    sampling = model.sampling if sampling is None else sampling  # type: ignore[assignment]
+    sampling = model.sampling if sampling is None else sampling
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be given for a model without .sampling, got {sampling!r}")
     if dtype is not None and dtype not in STORED.values():
