@@ -21,10 +21,10 @@ def assert_within_2x(
 ) -> float:
     """AssertionError unless the error of ``result`` is at most twice that of PyTorch's own op.
 
-    error(result) <= 2 * (error(torch_result) + rounding band), all against ``oracle`` (float64, from
-    the same inputs), for the largest and for the mean absolute error; both are taken over the whole
-    tensor. ``result`` has the dtype and shape of ``torch_result``, and is finite where the oracle,
-    rounded to that dtype, is finite. Returns the error as a fraction of the bound.
+    error(result) <= 2 * (error(torch_result) + rounding band), all against ``oracle`` (float64,
+    from the same inputs), for the largest and for the mean absolute error; both are taken over the
+    whole tensor. ``result`` has the dtype and shape of ``torch_result``, and is finite where the
+    oracle, rounded to that dtype, is finite. Returns the error as a fraction of the bound.
     """
     if result.dtype != torch_result.dtype or result.shape != oracle.shape:
         raise AssertionError(
@@ -37,7 +37,9 @@ def assert_within_2x(
     finite = oracle.to(result.dtype).isfinite()
     if not bool(result.isfinite()[finite].all()):
         bad = int((~result.isfinite() & finite).sum())
-        raise AssertionError(f"{what} must be finite, got {bad} of {result.numel()} elements not finite")
+        raise AssertionError(
+            f"{what} must be finite, got {bad} of {result.numel()} elements not finite"
+        )
     oracle = oracle[finite]
     error = (result.double()[finite] - oracle).abs()
     torch_error = (torch_result.double()[finite] - oracle).abs().nan_to_num(0.0, posinf=0.0)
@@ -47,11 +49,12 @@ def assert_within_2x(
         if error.numel() == 0:
             break
         mine, theirs, rounding = (float(getattr(t, name)()) for t in (error, torch_error, band))
+        which = "largest" if name == "amax" else "mean"
         bound = 2 * (theirs + rounding)
         worst = max(worst, mine / bound)
         if not mine <= bound:
             raise AssertionError(
-                f"{what}: {'largest' if name == 'amax' else 'mean'} error must be at most {bound:.3e} "
+                f"{what}: {which} error must be at most {bound:.3e} "
                 f"(twice torch's {theirs:.3e} plus rounding {rounding:.3e}), got {mine:.3e}"
             )
     return worst

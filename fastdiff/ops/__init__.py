@@ -1,4 +1,4 @@
-"""The fused operators. ``OPS`` is the list: tests, benchmarks, ahead-of-time checks loop over it."""
+"""The fused operators. Tests, benchmarks and the compile check loop over ``OPS``, the list."""
 
 from __future__ import annotations
 

@@ -107,7 +107,9 @@ class Op:
         for impl in self.implementations:
             if impl.name == name:
                 return impl.supports(*args, **kwargs)
-        raise ValueError(f"impl must be 'auto' or one of {self.implementation_names()}, got {name!r}")
+        raise ValueError(
+            f"impl must be 'auto' or one of {self.implementation_names()}, got {name!r}"
+        )
 
     def choose(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., torch.Tensor]:
         """The function that computes this call.

@@ -32,7 +32,7 @@ def reference(
     eps: float = 1e-5,
     activation: str = "silu",
 ) -> Tensor:
-    """The op in plain PyTorch, in the widest dtype among the arguments, rounded to x's at the end."""
+    """The op in plain PyTorch, in the widest dtype among the arguments; the result has x's."""
     dtype = x.dtype
     for tensor in (weight, bias, add, scale, shift):
         if tensor is not None:
@@ -135,7 +135,15 @@ def _cpp_supports(
 
 
 def _cpp(
-    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation="silu"
+    x,
+    num_groups,
+    weight=None,
+    bias=None,
+    add=None,
+    scale=None,
+    shift=None,
+    eps=1e-5,
+    activation="silu",
 ) -> Tensor:
     out = torch.empty_like(x)
     batch, channels = x.shape[:2]
@@ -176,7 +184,15 @@ def _triton_supports(
 
 
 def _triton(
-    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation="silu"
+    x,
+    num_groups,
+    weight=None,
+    bias=None,
+    add=None,
+    scale=None,
+    shift=None,
+    eps=1e-5,
+    activation="silu",
 ) -> Tensor:
     from fastdiff.kernels import group_norm_silu as kernels
 
@@ -184,7 +200,9 @@ def _triton(
     if x.numel():
         channels_last = memory_layout(x) == "channels_last"
         rows = (add, scale, shift)
-        kernels.launch(x, out, num_groups, weight, bias, *rows, eps, activation == "silu", channels_last)
+        kernels.launch(
+            x, out, num_groups, weight, bias, *rows, eps, activation == "silu", channels_last
+        )
     return out
 
 
@@ -332,10 +350,10 @@ def group_norm_silu(
     """act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift) in one or two passes over x.
 
     x: [N, C, ...], float32, float16, bfloat16 (float64 by the reference); contiguous or channels
-    last run fused, any other view by the reference. weight, bias: [C]. add, scale, shift: [N, C] with
-    any batch stride. Each is x's dtype or float32. activation: "silu" or "none". impl: "auto", "cpp",
-    "triton" or "reference". Returns a tensor of x's dtype and memory format; statistics are float32
-    or wider, differentiable through the reference.
+    last run fused, any other view by the reference. weight, bias: [C]. add, scale, shift: [N, C]
+    with any batch stride. Each is x's dtype or float32. activation: "silu" or "none". impl: "auto",
+    "cpp", "triton" or "reference". Returns a tensor of x's dtype and memory format, differentiable
+    through the reference; statistics are float32 or wider.
 
     ValueError or TypeError for arguments outside this; RuntimeError when a named impl cannot run.
     """

@@ -1,0 +1,142 @@
+"""`python -m fastdiff.aot`: compiles every Triton configuration for every GPU type, without a GPU.
+
+Prints registers, spills and shared memory as the compiler reports them, and exits with 1 when a
+configuration spills registers to memory or does not compile. Needs Triton with its bundled ptxas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdiff.ops._contract import AotConfig
+
+ARCHITECTURES = (80, 89, 90, 100)
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the compiler says about one configuration. error is "" unless it failed to compile."""
+
+    label: str
+    arch: int
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    error: str = ""
+
+    @property
+    def bad(self) -> bool:
+        return bool(self.error) or self.spill_bytes > 0
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory per thread) from the compiled code.
+
+    Local memory holds spilled registers and arrays indexed at run time; the kernels have no such
+    arrays, so any of it is a spill.
+    """
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+)", text)
+    stack, local = re.search(r"STACK:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
+    if not (registers and stack and local):
+        raise RuntimeError(f"cuobjdump reported no resource usage: {text!r}")
+    return int(registers[1]), int(stack[1]) + int(local[1])
+
+
+def compile_config(config: AotConfig, arch: int) -> Outcome:
+    """Compiles one configuration for sm_<arch>."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # As at run time: PyTorch's allocations are 16-byte aligned.
+    names = list(config.signature)
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if config.signature[name].startswith("*") or name in ("C", "HW")
+    }
+    constants = {(names.index(name),): value for name, value in config.constexprs.items()}
+    try:
+        source = ASTSource(config.kernel, config.signature, constants, attrs)
+        target = GPUTarget("cuda", arch, 32)
+        compiled = triton.compile(source, target=target, options=dict(config.options))
+        registers, spill = _resource_usage(compiled.asm["cubin"])
+    except Exception as error:  # reported, whatever it is
+        message = f"{type(error).__name__}: {error}"
+        return Outcome(config.label, arch, error=message)
+    return Outcome(config.label, arch, registers, spill, compiled.metadata.shared)
+
+
+def all_configs() -> list[AotConfig]:
+    """Every configuration of every op, labelled with the op's name."""
+    from fastdiff.ops import OPS
+
+    return [
+        AotConfig(c.kernel, c.signature, c.constexprs, c.options, f"{op.name} {c.label}")
+        for op in OPS
+        if op.aot is not None
+        for c in op.aot()
+    ]
+
+
+def _compile_at(job: tuple[int, int]) -> Outcome:
+    index, arch = job
+    return compile_config(all_configs()[index], arch)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastdiff.aot", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="the widest tile of each kernel, sm_80 and sm_90 only"
+    )
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET must be unset: the interpreter compiles nothing")
+    configs = all_configs()
+    indices = list(range(len(configs)))
+    architectures = ARCHITECTURES
+    if options.quick:
+        architectures = (80, 90)
+        seen: set[tuple[object, ...]] = set()
+        indices = []
+        for index, config in enumerate(configs):
+            key = (id(config.kernel), *config.signature.values())
+            if key not in seen:
+                seen.add(key)
+                indices.append(index)
+    jobs = [(index, arch) for index in indices for arch in architectures]
+    bad = 0
+    width = max(len(config.label) for config in configs)
+    print(f"{'configuration':<{width}}  arch   registers  spilled B  shared B")
+    with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+        for outcome in pool.imap(_compile_at, jobs, chunksize=4):
+            bad += outcome.bad
+            verdict = outcome.error or ("SPILLS" if outcome.bad else "")
+            print(
+                f"{outcome.label:<{width}}  sm_{outcome.arch:<4}{outcome.registers:>8}"
+                f"{outcome.spill_bytes:>11}{outcome.shared_bytes:>10}  {verdict}".rstrip(),
+                flush=True,
+            )
+    print(f"{len(jobs)} compiled, {bad} bad")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
