@@ -1,0 +1,243 @@
+"""Schedules, grids and tables as data: closed forms, limits, printing, files, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff import solvers
+from fastdiff.solvers import Row, SolverTable, Update, make_grid, make_table
+from fastdiff.solvers.dpm_solver import _phi_heun
+
+SCHEDULES = [solvers.linear(), solvers.scaled_linear(), solvers.cosine()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+def test_schedule_maps_are_inverse_and_normalised(schedule):
+    t = np.array([0.0, 0.5, 1.0, 17.25, 500.0, 998.75, 999.0])
+    lam = schedule.lambda_at(t)
+    assert np.all(np.diff(lam) < 0)
+    np.testing.assert_allclose(schedule.time_at(lam), t, atol=1e-9)
+    alpha, sigma = schedule.marginal(lam)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-15)
+    np.testing.assert_allclose(np.log(alpha / sigma), lam, rtol=1e-12)
+    whole = np.arange(1000)
+    np.testing.assert_allclose(schedule.alpha(whole) ** 2, schedule.alphas_cumprod, rtol=1e-12)
+    np.testing.assert_allclose(schedule.sigma(whole) ** 2, 1 - schedule.alphas_cumprod, rtol=1e-10)
+
+
+def test_marginal_at_the_ends_of_lambda():
+    alpha, sigma = solvers.linear().marginal(np.array([np.inf, -np.inf]))
+    assert alpha.tolist() == [1.0, 0.0]
+    assert sigma.tolist() == [0.0, 1.0]
+
+
+def test_cosine_schedule_is_the_papers_curve():
+    u = np.arange(1, 900) / 1000  # before the cap on beta
+    f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(solvers.cosine().alphas_cumprod[:899], f, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: solvers.from_betas([0.1, -0.1]), "betas"),
+        (lambda: solvers.from_betas([0.1, float("nan")]), "betas"),
+        (lambda: solvers.from_alphas_cumprod([0.9, 0.95]), "alphas_cumprod"),
+        (lambda: solvers.from_alphas_cumprod([0.9]), "alphas_cumprod"),
+        (lambda: solvers.get_schedule("scaled-linear"), "did you mean 'scaled_linear'"),
+        (lambda: solvers.linear().lambda_at(1000), r"0\.\.999"),
+        (lambda: solvers.linear().lambda_at(float("nan")), "finite"),
+        (lambda: make_grid(solvers.linear(), 1001), "at most 1000"),
+        (lambda: make_grid(solvers.linear(), 10, "leading", steps_offset=200), "steps_offset"),
+        (lambda: make_grid(solvers.linear(), 1000, "leading", convention="dpm"), "fewer steps"),
+        (lambda: make_grid(solvers.linear(), 10, "krras"), "karras"),
+        (lambda: solvers.explicit_grid(solvers.linear(), [1, 2]), "decrease"),
+        (lambda: solvers.explicit_grid(solvers.linear(), []), "non-empty"),
+        (lambda: solvers.explicit_grid(solvers.linear(), [1000.0, 1]), r"0\.\.999"),
+        (lambda: make_table("dpmpp2m", "linear", 5), "did you mean 'dpmpp_2m'"),
+        (lambda: make_table("ddim", "linear", 5, eta=1.5), "eta"),
+        (lambda: make_table("ddim", "linear", 5, eta=float("nan")), "eta"),
+        (lambda: make_table("dpmpp_2m", "linear", 5, order=3), "order"),
+        (lambda: make_table("dpmpp_2m", "linear", 5, final_sigmas_type="none"), "final_sigmas"),
+        (lambda: make_table("ddpm", "linear", 5, variance_type="learned"), "variance_type"),
+        (lambda: make_table("ddpm", "linear", 5, prediction="score"), "prediction"),
+        (lambda: make_table("ddpm", "linear", 5, mode="fast"), "mode"),
+    ],
+)
+def test_bad_values_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_unknown_option_names_the_options():
+    with pytest.raises(TypeError, match="eta"):
+        make_table("ddim", "linear", 5, order=2)
+
+
+def test_multistep_solver_refuses_a_grid_whose_steps_do_not_join():
+    grid = make_grid(solvers.linear(), 7, "linspace", stride=True)
+    with pytest.raises(ValueError, match="join"):
+        solvers.dpmpp_2m(solvers.linear(), grid)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 999])
+@pytest.mark.parametrize("mode", ["parity", "exact"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "karras", "lambda"])
+@pytest.mark.parametrize("solver", list(solvers.SOLVERS))
+def test_every_table_is_finite(solver, spacing, mode, steps):
+    # Construction validates each number; duplicates of rounded times must not turn into NaN.
+    schedule = solvers.scaled_linear()
+    table = make_table(solver, schedule, steps, grid=spacing, mode=mode, prediction="v")
+    assert len(table) == steps
+    assert all(0 <= t <= 999 for t in table.times)
+
+
+def test_noise_free_end_returns_the_prediction_itself():
+    for solver in solvers.SOLVERS:
+        last = make_table(solver, "linear", 4).rows[-1].updates[0]
+        assert last.from_prediction == 1.0
+        assert all(c == 0 for c in last.from_registers)
+
+
+def test_empty_last_step_is_the_identity():
+    # Karras to sigma_min repeats the last level in diffusers, which makes heun NaN there.
+    table = make_table(
+        "dpmpp_2m", "linear", 20, grid="karras", final_sigmas_type="sigma_min", solver_type="heun"
+    )
+    last = table.rows[-1].updates[0]
+    assert last == Update(0, (1.0, 0.0), 0.0)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_zero_terminal_snr_is_finite_and_starts_from_noise_alone(prediction):
+    acp = np.append(solvers.linear().alphas_cumprod[:-1], 0.0)
+    schedule = solvers.from_alphas_cumprod(acp)
+    for solver in ("ddim", "ddpm", "dpmpp_2m"):
+        table = make_table(solver, schedule, 10, grid="trailing", prediction=prediction)
+        assert table.times[0] == 999
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        make_table("ddim", schedule, 10, grid="trailing", prediction="eps")
+    with pytest.raises(ValueError, match="finite range"):
+        make_table("dpmpp_2m", schedule, 10, grid="karras", prediction="v")
+
+
+def test_heun_coefficient_against_exact_arithmetic():
+    from fractions import Fraction
+
+    def exact(h: float) -> float:
+        x, total, term = Fraction(h), Fraction(0), Fraction(1)
+        for k in range(1, 60):  # sum_{k>=2} (-1)^k h^(k-1) / k!
+            term = term / k if k == 1 else term * -x / k
+            if k >= 2:
+                total -= term
+        return float(total)
+
+    for h in [1e-300, 1e-12, 1e-6, 0.01999, 0.02, 0.02001, 0.5, 3.0]:
+        assert _phi_heun(h) == pytest.approx(exact(h), rel=2e-14)
+    assert _phi_heun(math.inf) == 1.0
+    assert _phi_heun(0.0) == 0.0
+
+
+def test_ddim_eta_one_is_ddpm():
+    grid = make_grid(solvers.cosine(), 12)
+    a = solvers.ddim(solvers.cosine(), grid, eta=1.0, mode="exact")
+    b = solvers.ddpm(solvers.cosine(), grid, mode="exact")
+    assert a.rows == b.rows
+
+
+def test_printing_names_the_registers_and_aligns():
+    text = str(make_table("dpmpp_2m", "linear", 4))
+    lines = text.splitlines()
+    assert "2 registers (x, r1)" in lines[0]
+    assert re.search(r"x = \d\.\d+ x - \d\.\d+ r1 \+ \d\.\d+ p;  r1 = p", lines[4])
+    assert lines[-1].endswith("x = p")
+    column = lines[2].index("updates")
+    assert all(line[column - 2 : column + 4] == "  x = " for line in lines[3:])
+    assert "z0" in str(make_table("ddpm", "linear", 4))
+
+
+@pytest.mark.parametrize("solver", list(solvers.SOLVERS))
+def test_file_round_trip_keeps_every_bit(solver, tmp_path):
+    table = make_table(solver, "cosine", 7, guidance_scale=7.5)
+    path = tmp_path / "table.json"
+    table.save(path)
+    assert SolverTable.load(path) == table
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "fastdiff.SolverTable"}', "\x80"])
+def test_loading_something_else_is_refused(text, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError):
+        SolverTable.load(path)
+
+
+def _row(**changes) -> Row:
+    row = Row(0, 10.0, 1.0, 0.0, 1.0, (Update(0, (0.5, 0.0), 0.5), Update(1, (0.0, 0.0), 1.0)))
+    return dataclasses.replace(row, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "at least one row"),
+        ([_row(feed=2)], r"feed must be in 0\.\.1"),
+        ([_row(feed=1)], "written before"),
+        ([_row(time=math.nan)], "time must be finite"),
+        ([_row(from_output=math.inf)], "from_output must be finite"),
+        ([_row(updates=())], "updates"),
+        ([_row(updates=(Update(0, (1.0,), 1.0),))], "one coefficient per register"),
+        ([_row(updates=(Update(0, (1.0, 0.5), 1.0),))], "not written"),
+        ([_row(updates=(Update(0, (1.0, 0.0), 1.0),) * 2)], "once per row"),
+        ([_row(updates=(Update(0, (1.0, 0.0), 1.0, 0.3),))], "without a draw"),
+        ([_row(updates=(Update(0, (1.0, math.nan), 1.0),))], "finite"),
+    ],
+)
+def test_tables_no_engine_could_run_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        SolverTable("test", 2, tuple(rows))
+
+
+def test_pack_matches_the_rows():
+    table = make_table("ddpm", "linear", 6, guidance_scale=3.0)
+    for i, row in enumerate(table.rows):
+        packed = table.pack()
+        r = packed.num_registers
+        follows = table.rows[i + 1] if i + 1 < len(table) else None
+        assert packed.index[i].tolist() == [0, row.draw, 1, 0 if follows else -1, 0]
+        update = row.updates[0]
+        assert packed.coef[i].tolist() == [
+            follows.input_scale if follows else 0.0,
+            row.from_state,
+            row.from_output,
+            3.0,
+            *update.from_registers,
+            update.from_prediction,
+            update.from_noise,
+        ]
+        assert packed.coef.shape == (6, 4 + r + 2)
+    assert packed.first_input_scale == 1.0
+    assert packed.times.tolist() == list(table.times)
+
+
+def test_nbytes_counts_registers_and_holds_half_in_float32():
+    table = make_table("dpmpp_2m", "linear", 6)
+    assert table.nbytes((2, 4, 8, 8), torch.float16) == 2 * 512 * 4
+    assert table.nbytes((2, 4, 8, 8), torch.float64) == 2 * 512 * 8
+
+
+def test_starting_part_way():
+    table = make_table("ddpm", "linear", 6)
+    rest = table.from_step(2)
+    assert rest.times == table.times[2:]
+    assert [row.draw for row in rest.rows] == [0, 1, 2, -1]
+    with pytest.raises(ValueError, match=re.escape("grid.from_step(start)")):
+        make_table("dpmpp_2m", "linear", 6).from_step(2)
+    grid = make_grid(solvers.linear(), 6, "linspace", convention="dpm").from_step(2)
+    assert make_table("dpmpp_2m", "linear", grid=grid).times == tuple(grid.times)
