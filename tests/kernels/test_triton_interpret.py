@@ -1,0 +1,54 @@
+"""The Triton kernels in Triton's interpreter: the conformance samples, on any machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastdiff.ops import OPS
+
+PROGRAM = """
+import sys
+import torch
+from fastdiff.ops import OPS
+from fastdiff.testing import assert_within_2x, poisoned_empty
+
+op = next(op for op in OPS if op.name == sys.argv[1])
+ran = 0
+for sample in op.samples:
+    for dtype in (torch.float32, torch.bfloat16):
+        call = sample.make("cpu", dtype)
+        if op.why_not("triton", *call.args, **call.kwargs):
+            continue
+        exact = call.double()
+        oracle = op.reference(*exact.args, **exact.kwargs)
+        torch_result = op.reference(*call.args, **call.kwargs)
+        with poisoned_empty():
+            result = op(*call.args, **call.kwargs, impl="triton")
+        assert_within_2x(result, oracle, torch_result, what=f"{sample.name} {dtype}")
+        ran += 1
+print("ran", ran)
+"""
+
+
+@pytest.mark.interpret
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [op.name for op in OPS if op.aot is not None])
+def test_conforms_in_the_interpreter(name: str) -> None:
+    pytest.importorskip("triton")
+    # A process of its own: Triton decides between interpreting and compiling when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, name],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = int(done.stdout.split()[-1])
+    samples = next(len(op.samples) for op in OPS if op.name == name)
+    assert ran >= samples, f"only {ran} cases of {samples} samples in two dtypes ran"

@@ -1,0 +1,154 @@
+"""Every op against its contract: every usable implementation, dtype, layout, awkward shape."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.ops import OPS, Op
+from fastdiff.ops._contract import Call, Example
+from fastdiff.testing import assert_within_2x, poisoned_empty
+
+ROOT = Path(__file__).parents[2]
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+SAMPLES = [
+    pytest.param(op, sample, id=f"{op.name}-{sample.name}") for op in OPS for sample in op.samples
+]
+EVERY_OP = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+
+
+def usable(op: Op, call: Call) -> list[str]:
+    """The implementations that take this call on this machine; "auto" always does."""
+    names = [n for n in op.implementation_names() if not op.why_not(n, *call.args, **call.kwargs)]
+    return ["auto", *names]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "sample"), SAMPLES)
+def test_within_twice_torchs_error(
+    op: Op, sample: Example, dtype: torch.dtype, device: str
+) -> None:
+    call = sample.make(device, dtype)
+    before = [tensor.clone() for tensor in call.tensors()]
+    exact = call.double()
+    oracle = op.reference(*exact.args, **exact.kwargs)
+    torch_result = op.reference(*call.args, **call.kwargs)
+    for impl in usable(op, call):
+        with poisoned_empty():
+            result = op(*call.args, **call.kwargs, impl=impl)
+        assert_within_2x(result, oracle, torch_result, what=impl)
+        assert result.stride() == torch_result.stride(), impl
+        for tensor, copy in zip(call.tensors(), before, strict=True):
+            assert torch.equal(tensor, copy), f"{impl} changed an input"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "sample"), SAMPLES)
+def test_nan_is_not_hidden(op: Op, sample: Example, device: str) -> None:
+    call = sample.make(device, torch.float32)
+    if not call.args[0].numel():
+        pytest.skip("no elements")
+    x = call.args[0]
+    x[(0,) * x.dim()] = float("nan")
+    expected = op.reference(*call.args, **call.kwargs).isnan()
+    for impl in usable(op, call):
+        result = op(*call.args, **call.kwargs, impl=impl)
+        assert torch.equal(result.isnan(), expected), impl
+
+
+@EVERY_OP
+@pytest.mark.parametrize("device", DEVICES)
+def test_self_check_reports_every_implementation(op: Op, device: str) -> None:
+    outcomes = op.self_check(device)
+    assert set(outcomes) == set(op.implementation_names())
+    assert all(o.startswith(("ok", "not usable: ")) for o in outcomes.values()), outcomes
+    assert outcomes["reference"].startswith("ok")
+
+
+@EVERY_OP
+def test_opcheck(op: Op) -> None:
+    overload = getattr(torch.ops.fastdiff, op.name).default
+    for index in (0, len(op.samples) // 2, len(op.samples) - 3):
+        call = op.samples[index].make("cpu", torch.float32)
+        call = call.map_tensors(lambda t: t.requires_grad_())
+        torch.library.opcheck(overload, call.args, call.kwargs)
+
+
+@EVERY_OP
+def test_gradients_are_the_references(op: Op) -> None:
+    for sample in op.samples[:3]:
+        call = sample.make("cpu", torch.float64)
+        mine = call.map_tensors(lambda t: t.clone().requires_grad_())
+        theirs = call.map_tensors(lambda t: t.clone().requires_grad_())
+        result = op(*mine.args, **mine.kwargs)
+        seed = torch.randn(result.shape, generator=torch.Generator().manual_seed(3)).to(result)
+        result.backward(seed)
+        op.reference(*theirs.args, **theirs.kwargs).backward(seed)
+        for a, b in zip(mine.tensors(), theirs.tensors(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+@EVERY_OP
+def test_public_function_compiles_without_graph_breaks(op: Op) -> None:
+    function = getattr(fastdiff.ops, op.name)
+    compiled = torch.compile(
+        lambda *args, **kwargs: function(*args, **kwargs) * 2, fullgraph=True, backend="aot_eager"
+    )
+    for sample in op.samples[:4]:
+        call = sample.make("cpu", torch.float32)
+        expected = function(*call.args, **call.kwargs) * 2
+        assert torch.equal(compiled(*call.args, **call.kwargs), expected)
+
+
+@EVERY_OP
+def test_named_implementation_is_an_error_where_it_cannot_run(op: Op) -> None:
+    call = op.samples[0].make("cpu", torch.float64)
+    for impl in op.implementations:
+        with pytest.raises(RuntimeError, match=f"{op.name}: impl='{impl.name}' cannot run: "):
+            op(*call.args, **call.kwargs, impl=impl.name)
+    with pytest.raises(ValueError, match="impl must be 'auto' or one of"):
+        op(*call.args, **call.kwargs, impl="fastest")
+
+
+@EVERY_OP
+def test_one_name_finds_the_op_everywhere(op: Op) -> None:
+    assert (ROOT / "kernels" / f"{op.name}.py").is_file()
+    assert (ROOT / "tests" / "ops" / f"test_{op.name}.py").is_file()
+    module = importlib.import_module(f"fastdiff.ops.{op.name}")
+    assert op.name in module.__dict__
+    assert callable(getattr(fastdiff.ops, op.name))
+    assert hasattr(torch.ops.fastdiff, op.name)
+
+
+@EVERY_OP
+def test_examples_count_their_work(op: Op) -> None:
+    names = [example.name for example in op.examples]
+    assert len(set(names)) == len(names)
+    sizes = []
+    for example in op.examples:
+        call = example.make("cpu", torch.bfloat16)
+        op.check(*call.args, **call.kwargs)
+        result_bytes = call.args[0].numel() * 2
+        assert op.bytes_moved(*call.args, **call.kwargs) >= 2 * result_bytes
+        assert op.flops(*call.args, **call.kwargs) > call.args[0].numel()
+        sizes.append(call.args[0].numel())
+    assert sizes[0] == min(sizes), "self_check runs the first example: it must be the smallest"
+
+
+@EVERY_OP
+@pytest.mark.gpu
+def test_cuda_graph_replays(op: Op) -> None:
+    call = op.examples[0].make("cuda", torch.bfloat16)
+    eager = op(*call.args, **call.kwargs)  # also compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(*call.args, **call.kwargs)
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, eager)

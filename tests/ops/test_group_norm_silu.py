@@ -1,0 +1,114 @@
+"""What is special to group_norm_silu: bad input, exact cases, equivalences, launch policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff.ops import group_norm_silu
+from fastdiff.ops.group_norm_silu import OP
+
+X = torch.zeros(2, 8, 3, 3)
+ROW = torch.zeros(2, 8)
+
+BAD = [
+    ((torch.zeros(2, 8, 3, dtype=torch.int32), 2), {}, TypeError, "x must be float32"),
+    ((torch.zeros(8), 2), {}, ValueError, r"x must have shape \[N, C, ...\], got \(8,\)"),
+    ((X, 3), {}, ValueError, "num_groups must divide the 8 channels of x, got 3"),
+    ((X, 0), {}, ValueError, "num_groups must divide the 8 channels of x, got 0"),
+    ((X, -2), {}, ValueError, "num_groups must divide the 8 channels of x, got -2"),
+    ((X[..., :0], 2), {}, ValueError, "x must have at least one pixel, got"),
+    ((X, 2, torch.zeros(4)), {}, ValueError, r"weight must have shape \(8,\), got \(4,\)"),
+    ((X, 2, torch.ones(8), torch.zeros(8, 1)), {}, ValueError, r"bias must have shape \(8,\)"),
+    ((X, 2, None, torch.zeros(8)), {}, ValueError, "bias must come with weight"),
+    ((X, 2, torch.ones(8).double()), {}, TypeError, "weight must be torch.float32 like x"),
+    (
+        (X.half(), 2, torch.ones(8), torch.zeros(8).half()),
+        {},
+        TypeError,
+        "bias must be torch.float32 like weight, got torch.float16",
+    ),
+    ((X, 2), {"add": torch.zeros(8)}, ValueError, r"add must have shape \(2, 8\), got \(8,\)"),
+    ((X, 2), {"scale": torch.zeros(1, 8)}, ValueError, r"scale must have shape \(2, 8\)"),
+    ((X, 2), {"shift": torch.zeros(2, 8, 1, 1)}, ValueError, r"shift must have shape \(2, 8\)"),
+    ((X, 2), {"add": ROW.to("meta")}, ValueError, "add must be on cpu like x, got meta"),
+    ((X, 2), {"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
+    ((X, 2), {"eps": float("nan")}, ValueError, "eps must be positive and finite, got nan"),
+    ((X, 2), {"activation": "relu"}, ValueError, "activation must be one of .* got 'relu'"),
+    ((X, 2), {"impl": "cuda"}, ValueError, "impl must be 'auto' or one of"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD)
+def test_bad_input(args: Any, kwargs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        group_norm_silu(*args, **kwargs)
+
+
+def test_is_the_chain_of_torch_modules() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 5, 5, generator=generator, dtype=torch.float64)
+    add, scale, shift = torch.randn(3, 2, 12, generator=generator, dtype=torch.float64)
+    norm = torch.nn.GroupNorm(3, 12, eps=1e-6, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    torch.nn.init.normal_(norm.bias, generator=generator)
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    expected = (
+        norm(x + add[..., None, None]) * (1 + scale[..., None, None]) + shift[..., None, None]
+    )
+    given: dict[str, Any] = {"add": add, "scale": scale, "shift": shift, "eps": 1e-6}
+    result = group_norm_silu(x, 3, weight, bias, **given)
+    torch.testing.assert_close(result, torch.nn.functional.silu(expected.detach()))
+    plain = group_norm_silu(x, 3, weight, bias, **given, activation="none")
+    torch.testing.assert_close(plain, expected.detach())
+
+
+@pytest.mark.parametrize("name", [impl.name for impl in OP.implementations])
+def test_constant_group_gives_the_bias(name: str) -> None:
+    """x - mean is exactly 0 in our kernels, whatever the constant; torch's own are near it."""
+    bias = torch.linspace(-1, 1, 8)
+    for value in (0.0, 1.0, -7.25, 4096.0):
+        x = torch.full((2, 8, 6, 6), value)
+        if reason := OP.why_not(name, x, 2):
+            pytest.skip(reason)
+        result = group_norm_silu(x, 2, torch.ones(8), bias, activation="none", impl=name)
+        assert torch.equal(result, bias[None, :, None, None].expand_as(result))
+
+
+def test_images_do_not_depend_on_their_batch() -> None:
+    x = torch.randn(3, 16, 9, 7, generator=torch.Generator().manual_seed(1))
+    together = group_norm_silu(x, 4)
+    alone = torch.cat([group_norm_silu(image[None], 4) for image in x])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_launch_policy_covers_every_shape(channels_last: bool) -> None:
+    """select() returns only what aot_configs() compiles, and its parts cover the group."""
+    kernels = pytest.importorskip("fastdiff.kernels.group_norm_silu", exc_type=ImportError)
+    compiled = {
+        (c[2].get("BLOCK_C"), c[2].get("BLOCK_HW"), c[3]["num_warps"])
+        for c in kernels.aot_configs()
+        if c[0] is kernels._group_kernel
+    }
+    kinds = set()
+    for batch in (1, 2, 16):
+        for channels, groups in ((32, 32), (128, 32), (320, 32), (2560, 32), (6, 1), (4096, 1)):
+            for pixels in (1, 7, 64, 1000, 4096, 262144):
+                plan = kernels.select(
+                    batch, channels, pixels, groups, torch.bfloat16, channels_last, 90
+                )
+                width = channels // groups
+                kinds.add(plan.kind)
+                if plan.kind == "group":
+                    assert (plan.block_c, plan.block_hw, plan.num_warps) in compiled
+                    assert plan.block_c >= width
+                    assert plan.block_hw >= pixels
+                    continue
+                total = pixels if channels_last else pixels * width
+                assert (plan.splits - 1) * plan.span < total <= plan.splits * plan.span
+                assert 1 <= plan.splits <= kernels.MAX_SPLITS
+                assert plan.span % plan.block_hw == 0
+    assert kinds == {"group", "split"}
