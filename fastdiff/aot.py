@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET must be unset: the interpreter compiles nothing")
     configs = all_configs()
     indices = list(range(len(configs)))
-    architectures = ARCHITECTURES
+    architectures: tuple[int, ...] = ARCHITECTURES
     if options.quick:
         architectures = (80, 90)
         seen: set[tuple[object, ...]] = set()
