@@ -6,16 +6,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_solver.h"
 #include "philox.h"
-#include "sampling_loop.h"
-#include "solver_step.h"
-
-#if defined(FASTDIFF_WITH_CUDA)
-#include "cuda/solver_step.h"
-#endif
 
 namespace py = pybind11;
 using namespace fastdiff;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw py::value_error(message);
+}
 
 namespace {
 
@@ -31,10 +30,6 @@ DType state_of(int code) {
   if (dtype != DType::f32 && dtype != DType::f64)
     throw py::value_error("state_dtype must be float32 or float64, got code " + std::to_string(code));
   return dtype;
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw py::value_error(message);
 }
 
 // Copies and checks the arrays of a PackedTable, so that no index of it can leave the registers.
@@ -72,6 +67,8 @@ PackedTable make_table(const py::buffer& index, const py::buffer& coef, int num_
   return table;
 }
 
+}  // namespace
+
 StepTask make_task(const PackedTable& table, const std::vector<uintptr_t>& registers,
                    int state_dtype, int output_dtype, uintptr_t input, int input_dtype, int copies,
                    const std::vector<uint64_t>& seeds, int64_t images, int64_t per_image) {
@@ -104,8 +101,6 @@ bool row_uses_noise(const StepTask& task) {
     if (task.coef[4 + u * width + width - 1] != 0.0) return true;
   return false;
 }
-
-}  // namespace
 
 void bind_solver(py::module_& module) {
   py::class_<PackedTable>(module, "PackedTable")

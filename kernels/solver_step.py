@@ -1,0 +1,415 @@
+"""The solver step in Triton: one row of a solver table as one pass over memory.
+
+    output     = cond                     or  uncond + guidance*(cond - uncond)
+    prediction = from_state*registers[feed] + from_output*output
+    registers[dest] <- sum_j from_registers[j]*registers[j] + from_prediction*prediction + from_noise*z
+    input      = next_input_scale * registers[next_feed]                      (`copies` times)
+
+registers: [images, per_image] each, float32 or float64, one memory order. output, input: the model's
+dtype (input [copies, images, per_image]). noise: like a register, or drawn here from Philox4x32-10.
+Bytes: every register read or written once, the output and the input once.
+
+The bits are those of csrc/cpu/solver_step.cpp: products and sums rounded one by one in the table's order,
+so the kernel must be compiled with ``enable_fp_fusion=False``; the noise is csrc/philox.h's.
+
+Which coefficients are zero is a compile-time mask (a zero term is not read), so a table compiles to a
+handful of kernels: its first, middle and last rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_REGISTERS = 8
+MAX_UPDATES = 4
+PREDICTION_BIT = MAX_REGISTERS
+NOISE_BIT = MAX_REGISTERS + 1
+
+
+@dataclass(frozen=True)
+class LaunchPolicy:
+    """Elements and warps of one program."""
+
+    block: int
+    num_warps: int
+
+    @staticmethod
+    def select(per_image: int, state_bytes: int) -> LaunchPolicy:
+        """16 bytes a thread and load; small states take small blocks to fill the GPU."""
+        if per_image * state_bytes <= 1 << 20:
+            return LaunchPolicy(block=512, num_warps=4)
+        return LaunchPolicy(block=1024 if state_bytes == 4 else 512, num_warps=4)
+
+
+@dataclass(frozen=True)
+class RowStructure:
+    """What of a row is known at compile time. Masks: bit r for register r, then prediction, noise."""
+
+    num_registers: int
+    feed: int
+    next_feed: int  # -1: last row
+    prediction_mask: int  # bit 0: from_state is not 0; bit 1: from_output is not 0
+    update_masks: tuple[int, ...]
+    dests: tuple[int, ...]
+
+    @staticmethod
+    def of(index: Sequence[int], coef: Sequence[float], num_registers: int) -> RowStructure:
+        """From one row of a packed table (see fastdiff.solvers.PackedTable)."""
+        width = num_registers + 2
+        masks = []
+        for u in range(index[2]):
+            values = coef[4 + u * width : 4 + (u + 1) * width]
+            mask = sum(1 << r for r in range(num_registers) if values[r] != 0)
+            mask |= (values[num_registers] != 0) << PREDICTION_BIT
+            mask |= (values[num_registers + 1] != 0) << NOISE_BIT
+            masks.append(int(mask))
+        return RowStructure(
+            num_registers=num_registers,
+            feed=int(index[0]),
+            next_feed=int(index[3]),
+            prediction_mask=int(coef[1] != 0) | int(coef[2] != 0) << 1,
+            update_masks=tuple(masks),
+            dests=tuple(int(d) for d in index[4 : 4 + index[2]]),
+        )
+
+    @property
+    def uses_noise(self) -> bool:
+        return any(mask >> NOISE_BIT & 1 for mask in self.update_masks)
+
+    def reads(self, with_input: bool) -> int:
+        """The registers whose old values are needed, as a mask."""
+        mask = 0
+        for update in self.update_masks:
+            mask |= update & ((1 << MAX_REGISTERS) - 1)
+        if self.prediction_mask & 1:
+            mask |= 1 << self.feed
+        if with_input and self.next_feed >= 0 and self.next_feed not in self.dests:
+            mask |= 1 << self.next_feed
+        return mask
+
+    def constexprs(self, with_input: bool) -> dict[str, int]:
+        """The compile-time arguments of the kernel."""
+        masks = [*self.update_masks, *([0] * (MAX_UPDATES - len(self.update_masks)))]
+        dests = [*self.dests, *([-1] * (MAX_UPDATES - len(self.dests)))]
+        return {
+            "NUM_REGISTERS": self.num_registers,
+            "FEED": self.feed,
+            "NEXT_FEED": self.next_feed if with_input else -1,
+            "READS": self.reads(with_input),
+            "PREDICTION_MASK": self.prediction_mask,
+            **{f"MASK{u}": masks[u] for u in range(MAX_UPDATES)},
+            **{f"DEST{u}": dests[u] for u in range(MAX_UPDATES)},
+            "USES_NOISE": int(self.uses_noise),
+        }
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 on uint32 tensors; four words."""
+    a = tl.full((), 0xD2511F53, tl.uint32)
+    b = tl.full((), 0xCD9E8D57, tl.uint32)
+    w0 = tl.full((), 0x9E3779B9, tl.uint32)
+    w1 = tl.full((), 0xBB67AE85, tl.uint32)
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, a)
+        low0 = c0 * a
+        high1 = tl.umulhi(c2, b)
+        low1 = c2 * b
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 = k0 + w0
+        k1 = k1 + w1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _log_unit(u):
+    offset = tl.full((), 0x3F3504F3, tl.uint32)
+    mantissa = tl.full((), 0x007FFFFF, tl.uint32)
+    bits = u.to(tl.uint32, bitcast=True) - offset
+    e = (bits.to(tl.int32, bitcast=True) >> 23).to(tl.float32)
+    f = ((bits & mantissa) + offset).to(tl.float32, bitcast=True) - 1.0
+    f2 = f * f
+    p = f * 7.0376836292e-2 + -1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f + -1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f + -1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f + -2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    y = p * f * f2
+    y = y + e * -2.12194440e-4
+    y = y - f2 * 0.5
+    return (f + y) + e * 0.693359375
+
+
+@triton.jit
+def box_muller(word0, word1):
+    """Two float32 normals out of two uint32 words; csrc/philox.h, operation by operation."""
+    u = ((word0 >> 9).to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 1.1920928955078125e-7
+    r = tl.sqrt_rn(_log_unit(u) * -2.0)
+    turn = word1 >> 8
+    quadrant = turn >> 22
+    fraction = (turn & tl.full((), 0x3FFFFF, tl.uint32)).to(tl.int32, bitcast=True)
+    theta = ((fraction - 0x200000).to(tl.float32) + 0.5) * 3.7450704e-7
+    t2 = theta * theta
+    s = t2 * -1.9515295891e-4 + 8.3321608736e-3
+    s = s * t2 + -1.6666654611e-1
+    s = s * t2 * theta + theta
+    c = t2 * 2.443315711809948e-5 + -1.388731625493765e-3
+    c = c * t2 + 4.166664568298827e-2
+    c = (c * t2 * t2 - t2 * 0.5) + 1.0
+    odd = (quadrant & 1) != 0
+    x = tl.where(odd, s, c)
+    y = tl.where(odd, c, s)
+    x = tl.where(((quadrant + 1) & 2) != 0, -x, x)
+    y = tl.where((quadrant & 2) != 0, -y, y)
+    return r * x, r * y
+
+
+@triton.jit
+def _normals(seed, draw, first_group, GROUPS: tl.constexpr):
+    """[4*GROUPS] normals of elements 4*first_group .. of the image with this seed."""
+    group = first_group + tl.arange(0, GROUPS).to(tl.int64)
+    zero = tl.zeros([GROUPS], tl.uint32)
+    w0, w1, w2, w3 = philox4x32(
+        group.to(tl.uint32),
+        zero + draw.to(tl.uint32),
+        (group >> 32).to(tl.uint32),
+        zero,
+        zero + seed.to(tl.uint32),
+        zero + (seed >> 32).to(tl.uint32),
+    )
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
+def _combine(
+    v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr,
+    MASK: tl.constexpr, NUM_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """The sum of the terms in MASK, in order, the first one unadded."""
+    values = (v0, v1, v2, v3, v4, v5, v6, v7)
+    total = tl.zeros_like(v0)
+    for r in tl.static_range(NUM_REGISTERS):
+        if (MASK >> r) & 1:
+            term = values[r] * tl.load(coef_ptr + r)
+            if MASK & ((1 << r) - 1):
+                total = total + term
+            else:
+                total = term
+    if (MASK >> 8) & 1:
+        term = prediction * tl.load(coef_ptr + NUM_REGISTERS)
+        if MASK & 0xFF:
+            total = total + term
+        else:
+            total = term
+    if (MASK >> 9) & 1:
+        term = noise * tl.load(coef_ptr + NUM_REGISTERS + 1)
+        if MASK & 0x1FF:
+            total = total + term
+        else:
+            total = term
+    return total
+
+
+@triton.jit
+def solver_step_kernel(
+    r0_ptr, r1_ptr, r2_ptr, r3_ptr, r4_ptr, r5_ptr, r6_ptr, r7_ptr,  # registers; unused ones: r0
+    output_ptr,  # the model's output; with guidance the conditioned half
+    uncond_ptr,  # the other half
+    input_ptr,  # the next model input
+    noise_ptr,  # this row's draw, when USES_NOISE and not PHILOX
+    seeds_ptr,  # int64 [images], when PHILOX
+    coef_ptr,  # the row of the packed table in the registers' dtype
+    draw,  # int32, the row's draw
+    per_image,  # elements of one image
+    images,
+    NUM_REGISTERS: tl.constexpr, FEED: tl.constexpr, NEXT_FEED: tl.constexpr, READS: tl.constexpr,
+    PREDICTION_MASK: tl.constexpr,
+    MASK0: tl.constexpr, MASK1: tl.constexpr, MASK2: tl.constexpr, MASK3: tl.constexpr,
+    DEST0: tl.constexpr, DEST1: tl.constexpr, DEST2: tl.constexpr, DEST3: tl.constexpr,
+    USES_NOISE: tl.constexpr, PHILOX: tl.constexpr, GUIDED: tl.constexpr, COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    element = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < per_image
+    at = image * per_image + element
+    pointers = (r0_ptr, r1_ptr, r2_ptr, r3_ptr, r4_ptr, r5_ptr, r6_ptr, r7_ptr)
+    state = r0_ptr.dtype.element_ty
+    zero = tl.zeros([BLOCK], state)
+
+    v0 = tl.load(r0_ptr + at, mask=mask, other=0.0) if READS & 1 else zero
+    v1 = tl.load(r1_ptr + at, mask=mask, other=0.0) if READS & 2 else zero
+    v2 = tl.load(r2_ptr + at, mask=mask, other=0.0) if READS & 4 else zero
+    v3 = tl.load(r3_ptr + at, mask=mask, other=0.0) if READS & 8 else zero
+    v4 = tl.load(r4_ptr + at, mask=mask, other=0.0) if READS & 16 else zero
+    v5 = tl.load(r5_ptr + at, mask=mask, other=0.0) if READS & 32 else zero
+    v6 = tl.load(r6_ptr + at, mask=mask, other=0.0) if READS & 64 else zero
+    v7 = tl.load(r7_ptr + at, mask=mask, other=0.0) if READS & 128 else zero
+    values = (v0, v1, v2, v3, v4, v5, v6, v7)
+
+    prediction = zero
+    if PREDICTION_MASK & 1:
+        prediction = values[FEED] * tl.load(coef_ptr + 1)
+    if PREDICTION_MASK & 2:
+        output = tl.load(output_ptr + at, mask=mask, other=0.0).to(state)
+        if GUIDED:
+            uncond = tl.load(uncond_ptr + at, mask=mask, other=0.0).to(state)
+            output = uncond + (output - uncond) * tl.load(coef_ptr + 3)
+        term = output * tl.load(coef_ptr + 2)
+        if PREDICTION_MASK & 1:
+            prediction = prediction + term
+        else:
+            prediction = term
+
+    noise = zero
+    if USES_NOISE:
+        if PHILOX:
+            seed = tl.load(seeds_ptr + image)
+            first = pid.to(tl.int64) * (BLOCK // 4)
+            noise = _normals(seed, draw, first, BLOCK // 4).to(state)
+        else:
+            noise = tl.load(noise_ptr + at, mask=mask, other=0.0)
+
+    WIDTH: tl.constexpr = NUM_REGISTERS + 2
+    n0 = _combine(
+        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4, MASK0, NUM_REGISTERS
+    )
+    n1 = _combine(
+        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4 + WIDTH, MASK1, NUM_REGISTERS
+    )
+    n2 = _combine(
+        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4 + 2 * WIDTH, MASK2,
+        NUM_REGISTERS,
+    )  # fmt: skip
+    n3 = _combine(
+        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4 + 3 * WIDTH, MASK3,
+        NUM_REGISTERS,
+    )  # fmt: skip
+    tl.store(pointers[DEST0] + at, n0, mask=mask)
+    if DEST1 >= 0:
+        tl.store(pointers[DEST1] + at, n1, mask=mask)
+    if DEST2 >= 0:
+        tl.store(pointers[DEST2] + at, n2, mask=mask)
+    if DEST3 >= 0:
+        tl.store(pointers[DEST3] + at, n3, mask=mask)
+
+    if NEXT_FEED >= 0:
+        following = values[NEXT_FEED]
+        if DEST0 == NEXT_FEED:
+            following = n0
+        if DEST1 == NEXT_FEED:
+            following = n1
+        if DEST2 == NEXT_FEED:
+            following = n2
+        if DEST3 == NEXT_FEED:
+            following = n3
+        following = (following * tl.load(coef_ptr)).to(input_ptr.dtype.element_ty)
+        for copy in tl.static_range(COPIES):
+            tl.store(input_ptr + copy * images.to(tl.int64) * per_image + at, following, mask=mask)
+
+
+def solver_step(
+    structure: RowStructure,
+    registers: Sequence[torch.Tensor],
+    output: torch.Tensor,
+    uncond: torch.Tensor | None,
+    model_input: torch.Tensor | None,
+    coef: torch.Tensor,
+    *,
+    noise: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    draw: int = 0,
+    copies: int = 1,
+) -> None:
+    """Launches one row, in place on ``registers`` and ``model_input``.
+
+    registers: tensors [images, ...] of one shape, dtype (float32, float64) and memory order.
+    output, uncond: like a register, in the model's dtype. model_input: [copies*images, ...] or None.
+    coef: the packed row in the registers' dtype on their device. noise: like a register, or None.
+    seeds: int64 [images]; drawn from Philox when ``noise`` is None, in memory order (contiguous
+    registers only).
+
+    Raises ValueError when a row that uses noise gets neither noise nor seeds.
+    """
+    x = registers[0]
+    if x.numel() == 0:
+        return
+    if structure.uses_noise and noise is None and seeds is None:
+        raise ValueError("noise or seeds must be given for a row that uses noise, got neither")
+    images, per_image = x.shape[0], x[0].numel()
+    policy = LaunchPolicy.select(per_image, x.element_size())
+    padded = [*registers, *([x] * (MAX_REGISTERS - len(registers)))]
+    philox = structure.uses_noise and noise is None
+    options: dict[str, Any] = structure.constexprs(model_input is not None)
+    solver_step_kernel[(triton.cdiv(per_image, policy.block), images)](
+        *padded,
+        output,
+        output if uncond is None else uncond,
+        x if model_input is None else model_input,
+        x if noise is None else noise,
+        x if seeds is None else seeds,
+        coef,
+        draw,
+        per_image,
+        images,
+        **options,
+        PHILOX=int(philox),
+        GUIDED=int(uncond is not None),
+        COPIES=copies,
+        BLOCK=policy.block,
+        num_warps=policy.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+# Rows of the tables the package makes: (registers, feed, next_feed, prediction, masks, dests).
+_AOT_ROWS = {
+    "ddim middle": RowStructure(1, 0, 0, 3, (0x101,), (0,)),
+    "ddpm middle": RowStructure(1, 0, 0, 3, (0x301,), (0,)),
+    "2M first": RowStructure(2, 0, 0, 3, (0x101, 0x100), (0, 1)),
+    "2M middle": RowStructure(2, 0, 0, 3, (0x103, 0x100), (0, 1)),
+    "2M last": RowStructure(2, 0, -1, 3, (0x103,), (0,)),
+    "full width": RowStructure(8, 0, 0, 3, (0x3FF, 0x3FF, 0x3FF, 0x3FF), (0, 1, 2, 3)),
+}
+
+
+def aot_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any], str]]:
+    """Every kind of launch to compile ahead of time: (kernel, signature, constexprs, options, label)."""
+    pairs = (("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("fp64", "fp64"))
+    for name, structure in _AOT_ROWS.items():
+        for state, model in pairs:
+            for guided in (0, 1):
+                size = 8 if state == "fp64" else 4
+                policies = {LaunchPolicy.select(n, size) for n in (16 * 1024, 1 << 24)}
+                for policy in sorted(policies, key=lambda p: p.block):
+                    constexprs = {
+                        **structure.constexprs(True),
+                        "PHILOX": int(structure.uses_noise),
+                        "GUIDED": guided,
+                        "COPIES": 1 + guided,
+                        "BLOCK": policy.block,
+                    }
+                    signature = {f"r{r}_ptr": f"*{state}" for r in range(MAX_REGISTERS)}
+                    signature |= {
+                        "output_ptr": f"*{model}", "uncond_ptr": f"*{model}",
+                        "input_ptr": f"*{model}", "noise_ptr": f"*{state}", "seeds_ptr": "*i64",
+                        "coef_ptr": f"*{state}", "draw": "i32", "per_image": "i32", "images": "i32",
+                    }  # fmt: skip
+                    options = {"num_warps": policy.num_warps, "enable_fp_fusion": False}
+                    label = f"{name} {state}/{model} guided={guided} BLOCK={policy.block}"
+                    yield solver_step_kernel, signature, constexprs, options, label
