@@ -89,8 +89,9 @@ def check(
         raise ValueError(f"eps must be positive and finite, got {eps}")
     if bias is not None and weight is None:
         raise ValueError("bias must come with weight, got weight=None")
-    shapes: dict[str, tuple[int, ...]] = {"weight": (channels,), "bias": (channels,)}
-    shapes |= {name: (batch, channels) for name in ("add", "scale", "shift")}
+    vector: tuple[int, ...] = (channels,)
+    rows: tuple[int, ...] = (batch, channels)
+    shapes = {"weight": vector, "bias": vector, "add": rows, "scale": rows, "shift": rows}
     given = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
     seen: dict[bool, tuple[str, torch.dtype]] = {}
     for name, tensor in given.items():
