@@ -1,0 +1,338 @@
+// One vector of floats, as wide as the instruction set this file is compiled for, so that a CPU
+// kernel is written once: 16 lanes with AVX-512, 8 with AVX2, else 4 lanes of compiler vectors.
+//
+// load/store convert between float lanes and fp32, fp16 and bf16 memory (stores round to nearest
+// even, NaN stays NaN); *_first touch only the first n < kLanes elements and read zeros beyond them.
+// fma() is fused where the hardware fuses and two operations elsewhere: kernels whose results must
+// agree bit for bit between instruction sets use * and + instead.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common.h"
+#include "dispatch.h"
+
+#if defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's AVX-512 intrinsics warn about their own undefined operands.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#endif
+
+#define FASTDIFF_METHOD inline __attribute__((always_inline))
+#define FASTDIFF_INLINE static FASTDIFF_METHOD
+
+namespace fastdiff {
+namespace FASTDIFF_ISA {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+
+using vfloat = __m512;
+constexpr int kLanes = 16;
+
+FASTDIFF_INLINE __mmask16 first_mask(int n) { return __mmask16((1u << n) - 1u); }
+
+FASTDIFF_INLINE vfloat splat(float value) { return _mm512_set1_ps(value); }
+FASTDIFF_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
+FASTDIFF_INLINE vfloat minimum(vfloat a, vfloat b) { return _mm512_min_ps(a, b); }
+FASTDIFF_INLINE vfloat maximum(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
+FASTDIFF_INLINE vfloat keep_first(vfloat v, int n) { return _mm512_maskz_mov_ps(first_mask(n), v); }
+FASTDIFF_INLINE vfloat round_even(vfloat v) { return _mm512_roundscale_ps(v, 0x08); }
+
+// 2^n for integral n; overflows to inf and underflows to 0.
+FASTDIFF_INLINE vfloat scale_by_power(vfloat v, vfloat n) { return _mm512_scalef_ps(v, n); }
+
+FASTDIFF_INLINE vfloat widen_bf16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+FASTDIFF_INLINE __m256i narrow_bf16(vfloat v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(
+      _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+FASTDIFF_INLINE __m256i narrow_f16(vfloat v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FASTDIFF_INLINE __m256i load_bits16(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+
+FASTDIFF_INLINE vfloat load(const float* p) { return _mm512_loadu_ps(p); }
+FASTDIFF_INLINE vfloat load(const bf16_t* p) { return widen_bf16(load_bits16(p)); }
+FASTDIFF_INLINE vfloat load(const f16_t* p) { return _mm512_cvtph_ps(load_bits16(p)); }
+FASTDIFF_INLINE vfloat load_first(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(first_mask(n), p);
+}
+FASTDIFF_INLINE vfloat load_first(const bf16_t* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first_mask(n), p));
+}
+FASTDIFF_INLINE vfloat load_first(const f16_t* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_mask(n), p));
+}
+FASTDIFF_INLINE void store(float* p, vfloat v) { _mm512_storeu_ps(p, v); }
+FASTDIFF_INLINE void store(bf16_t* p, vfloat v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v));
+}
+FASTDIFF_INLINE void store(f16_t* p, vfloat v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(v));
+}
+FASTDIFF_INLINE void store_first(float* p, vfloat v, int n) {
+  _mm512_mask_storeu_ps(p, first_mask(n), v);
+}
+FASTDIFF_INLINE void store_first(bf16_t* p, vfloat v, int n) {
+  _mm256_mask_storeu_epi16(p, first_mask(n), narrow_bf16(v));
+}
+FASTDIFF_INLINE void store_first(f16_t* p, vfloat v, int n) {
+  _mm256_mask_storeu_epi16(p, first_mask(n), narrow_f16(v));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+using vfloat = __m256;
+constexpr int kLanes = 8;
+
+FASTDIFF_INLINE __m256i first_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+FASTDIFF_INLINE vfloat splat(float value) { return _mm256_set1_ps(value); }
+FASTDIFF_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
+FASTDIFF_INLINE vfloat minimum(vfloat a, vfloat b) { return _mm256_min_ps(a, b); }
+FASTDIFF_INLINE vfloat maximum(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
+FASTDIFF_INLINE vfloat keep_first(vfloat v, int n) {
+  return _mm256_and_ps(v, _mm256_castsi256_ps(first_mask(n)));
+}
+FASTDIFF_INLINE vfloat round_even(vfloat v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// v * 2^n for integral n with v * 2^n a normal float.
+FASTDIFF_INLINE vfloat scale_by_power(vfloat v, vfloat n) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(
+      _mm256_castps_si256(v), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+
+FASTDIFF_INLINE vfloat widen_bf16(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+FASTDIFF_INLINE __m128i narrow_bf16(vfloat v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(
+      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+FASTDIFF_INLINE __m128i narrow_f16(vfloat v) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FASTDIFF_INLINE __m128i load_bits16(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+FASTDIFF_INLINE __m128i load_bits16_first(const void* p, int n) {
+  alignas(16) uint16_t bits[8] = {};
+  std::memcpy(bits, p, size_t(n) * 2);
+  return load_bits16(bits);
+}
+FASTDIFF_INLINE void store_bits16_first(void* p, __m128i v, int n) {
+  alignas(16) uint16_t bits[8];
+  std::memcpy(bits, &v, sizeof bits);
+  std::memcpy(p, bits, size_t(n) * 2);
+}
+
+FASTDIFF_INLINE vfloat load(const float* p) { return _mm256_loadu_ps(p); }
+FASTDIFF_INLINE vfloat load(const bf16_t* p) { return widen_bf16(load_bits16(p)); }
+FASTDIFF_INLINE vfloat load(const f16_t* p) { return _mm256_cvtph_ps(load_bits16(p)); }
+FASTDIFF_INLINE vfloat load_first(const float* p, int n) {
+  return _mm256_maskload_ps(p, first_mask(n));
+}
+FASTDIFF_INLINE vfloat load_first(const bf16_t* p, int n) {
+  return widen_bf16(load_bits16_first(p, n));
+}
+FASTDIFF_INLINE vfloat load_first(const f16_t* p, int n) {
+  return _mm256_cvtph_ps(load_bits16_first(p, n));
+}
+FASTDIFF_INLINE void store(float* p, vfloat v) { _mm256_storeu_ps(p, v); }
+FASTDIFF_INLINE void store(bf16_t* p, vfloat v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v));
+}
+FASTDIFF_INLINE void store(f16_t* p, vfloat v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(v));
+}
+FASTDIFF_INLINE void store_first(float* p, vfloat v, int n) {
+  _mm256_maskstore_ps(p, first_mask(n), v);
+}
+FASTDIFF_INLINE void store_first(bf16_t* p, vfloat v, int n) {
+  store_bits16_first(p, narrow_bf16(v), n);
+}
+FASTDIFF_INLINE void store_first(f16_t* p, vfloat v, int n) {
+  store_bits16_first(p, narrow_f16(v), n);
+}
+
+#else
+
+typedef float vfloat __attribute__((vector_size(16)));
+typedef int32_t vint __attribute__((vector_size(16)));
+typedef uint32_t vuint __attribute__((vector_size(16)));
+typedef uint16_t vuint16 __attribute__((vector_size(8)));
+constexpr int kLanes = 4;
+
+FASTDIFF_INLINE vfloat splat(float value) { return vfloat{value, value, value, value}; }
+FASTDIFF_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+// Where an operand is NaN the result is b, as with the instructions of x86.
+FASTDIFF_INLINE vfloat minimum(vfloat a, vfloat b) { return a < b ? a : b; }
+FASTDIFF_INLINE vfloat maximum(vfloat a, vfloat b) { return a > b ? a : b; }
+FASTDIFF_INLINE vuint select(vint mask, vuint a, vuint b) {
+  return (vuint(mask) & a) | (~vuint(mask) & b);
+}
+FASTDIFF_INLINE vfloat keep_first(vfloat v, int n) {
+  const vint mask = vint{0, 1, 2, 3} < vint{n, n, n, n};
+  return vfloat(vuint(mask) & vuint(v));
+}
+// For |v| < 2^22: the float adder rounds to an integer at this magnitude.
+FASTDIFF_INLINE vfloat round_even(vfloat v) {
+  const vfloat magic = splat(12582912.0f);
+  return (v + magic) - magic;
+}
+
+// v * 2^n for integral n with v * 2^n a normal float.
+FASTDIFF_INLINE vfloat scale_by_power(vfloat v, vfloat n) {
+  return vfloat(vint(v) + (__builtin_convertvector(n, vint) << 23));
+}
+
+FASTDIFF_INLINE vfloat widen(vuint16 bits, bf16_t) {
+  return vfloat(__builtin_convertvector(bits, vuint) << 16);
+}
+FASTDIFF_INLINE vfloat widen(vuint16 bits, f16_t) {
+  const vuint half = __builtin_convertvector(bits, vuint);
+  const vuint magnitude = half & 0x7fffu;
+  // Scaling by 2^112 moves the exponent to the float's place and makes subnormals exact.
+  const vuint scaled = vuint(vfloat(magnitude << 13) * splat(0x1p112f));
+  const vuint special = vuint(magnitude > 0x7bffu) & 0x7f800000u;
+  return vfloat(scaled | special | ((half & 0x8000u) << 16));
+}
+FASTDIFF_INLINE vuint16 narrow(vfloat v, bf16_t) {
+  const vuint bits = vuint(v);
+  const vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const vuint quiet_nan = vuint{} + 0x7fc00000u;
+  return __builtin_convertvector(select(v == v, rounded, quiet_nan) >> 16, vuint16);
+}
+FASTDIFF_INLINE vuint16 narrow(vfloat v, f16_t) {
+  const vuint magnitude = vuint(v) & 0x7fffffffu;
+  const vuint sign = (vuint(v) >> 16) & 0x8000u;
+  const vuint normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // A subnormal half: the float adder rounds at its last place.
+  const vuint subnormal = vuint(vfloat(magnitude) + splat(0.5f)) - 0x3f000000u;
+  vuint half = select(magnitude < 0x38800000u, subnormal, normal);
+  half = select(magnitude >= 0x477ff000u, vuint{} + 0x7c00u, half);
+  half = select(magnitude > 0x7f800000u, vuint{} + 0x7e00u, half);
+  return __builtin_convertvector(half | sign, vuint16);
+}
+
+FASTDIFF_INLINE vfloat load_first(const float* p, int n) {
+  vfloat v = {};
+  std::memcpy(&v, p, size_t(n) * sizeof(float));
+  return v;
+}
+template <class T>
+FASTDIFF_INLINE vfloat load_first(const T* p, int n) {
+  vuint16 bits = {};
+  std::memcpy(&bits, p, size_t(n) * sizeof(T));
+  return widen(bits, T{});
+}
+FASTDIFF_INLINE void store_first(float* p, vfloat v, int n) {
+  std::memcpy(p, &v, size_t(n) * sizeof(float));
+}
+template <class T>
+FASTDIFF_INLINE void store_first(T* p, vfloat v, int n) {
+  const vuint16 bits = narrow(v, T{});
+  std::memcpy(p, &bits, size_t(n) * sizeof(T));
+}
+template <class T>
+FASTDIFF_INLINE vfloat load(const T* p) {
+  return load_first(p, kLanes);
+}
+template <class T>
+FASTDIFF_INLINE void store(T* p, vfloat v) {
+  store_first(p, v, kLanes);
+}
+
+#endif
+
+FASTDIFF_INLINE float sum_lanes(vfloat v) {
+  alignas(64) float lane[kLanes];
+  std::memcpy(lane, &v, sizeof lane);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+// exp(-x) to about 1 ulp; 0 or inf (a number beyond 1e38 without AVX-512) at the ends.
+// x = -(n ln 2 + r) with |r| <= ln 2 / 2; the polynomial is the minimax one of degree 6 in r, whose
+// relative error is 3e-9. ln 2 is split so that n * ln2_high is exact.
+FASTDIFF_INLINE vfloat exp_negative(vfloat x) {
+#if defined(__AVX512F__)
+  x = maximum(splat(-104.0f), minimum(splat(104.0f), x));
+#else
+  x = maximum(splat(-88.37f), minimum(splat(87.33f), x));
+#endif
+  const vfloat n = round_even(x * splat(-0x1.715476p+0f));
+  vfloat r = fma(n, splat(-0x1.62e400p-1f), splat(0.0f) - x);
+  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+  vfloat p = splat(0x1.6a244cp-10f);
+  p = fma(p, r, splat(0x1.1239d4p-7f));
+  p = fma(p, r, splat(0x1.5558f2p-5f));
+  p = fma(p, r, splat(0x1.555492p-3f));
+  p = fma(p, r, splat(0x1.fffffcp-2f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  return scale_by_power(p, n);
+}
+
+// exp(-x) for results that are rounded to 16 bits: relative error below 4e-6 for |x| < 20 (the
+// minimax polynomial of degree 4 for 2^r, |r| <= 1/2).
+FASTDIFF_INLINE vfloat exp_negative_short(vfloat x) {
+#if defined(__AVX512F__)
+  const vfloat z = x * splat(-0x1.715476p+0f);
+  const vfloat n = round_even(z);
+  const vfloat r = _mm512_reduce_ps(z, 0x08);  // z - n, and 0 for infinite z
+#else
+  x = maximum(splat(-88.37f), minimum(splat(87.33f), x));
+  const vfloat z = x * splat(-0x1.715476p+0f);
+  const vfloat n = round_even(z);
+  const vfloat r = z - n;
+#endif
+  vfloat p = splat(0x1.3a02ccp-7f);
+  p = fma(p, r, splat(0x1.c9fc46p-5f));
+  p = fma(p, r, splat(0x1.ec0378p-3f));
+  p = fma(p, r, splat(0x1.62e12cp-1f));
+  p = fma(p, r, splat(1.0f));
+  return scale_by_power(p, n);
+}
+
+// SiLU, x / (1 + exp(-x)), for a result of type T.
+template <class T>
+FASTDIFF_INLINE vfloat silu(vfloat x) {
+#if defined(__AVX512F__)
+  const vfloat numerator = x;
+#else
+  // The exponential stops growing at 2^127 here, so the numerator has to, too.
+  const vfloat numerator = maximum(splat(-88.37f), x);
+#endif
+  const vfloat power = sizeof(T) == 2 ? exp_negative_short(x) : exp_negative(x);
+  return numerator / (splat(1.0f) + power);
+}
+
+}  // namespace FASTDIFF_ISA
+}  // namespace fastdiff
