@@ -142,30 +142,16 @@ def _combine(mean, m2, count):
 
 @triton.jit
 def _group_kernel(
-    x_ptr,
-    add_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    out_ptr,
-    add_stride,
-    scale_stride,
-    shift_stride,
-    C,
-    HW,
-    groups,
+    x_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr,
+    add_stride, scale_stride, shift_stride, C, HW, groups,
     eps,
-    HAS_ADD: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
     IS_NHWC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_HW: tl.constexpr,
-):
+):  # fmt: skip
     """One program per image and group, the group in registers."""
     pid = tl.program_id(0)
     n = (pid // groups).to(tl.int64)
@@ -258,33 +244,19 @@ def _stats_kernel(
 
 @triton.jit
 def _apply_kernel(
-    x_ptr,
-    add_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    out_ptr,
+    x_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr,
     mean_ptr,  # [N * groups, splits]
     m2_ptr,
-    add_stride,
-    scale_stride,
-    shift_stride,
-    C,
-    HW,
-    groups,
+    add_stride, scale_stride, shift_stride, C, HW, groups,
     splits,
     span,
     eps,
-    HAS_ADD: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Channels first: a piece of one channel, whose per-channel arguments are scalars."""
     row = tl.program_id(0)
     n = (row // C).to(tl.int64)
@@ -432,31 +404,17 @@ def _finalize_last_kernel(
 
 @triton.jit
 def _apply_last_kernel(
-    x_ptr,
-    add_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    out_ptr,
+    x_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr,
     centre_ptr,  # [N, groups]
     rest_ptr,
     rstd_ptr,
-    add_stride,
-    scale_stride,
-    shift_stride,
-    C,
-    HW,
-    groups,
-    HAS_ADD: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
+    add_stride, scale_stride, shift_stride, C, HW, groups,
+    HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_HW: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """Channels last: a tile of pixels and channels of one image."""
     n = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0).to(tl.int64) * BLOCK_HW
