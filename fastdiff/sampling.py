@@ -388,7 +388,12 @@ class _Evaluate:
         return tensor.contiguous(memory_format=self._format)
 
     def __call__(self, model_input: Tensor, row: int, /) -> Any:
-        return self._model(model_input, self._times[row], **self._kwargs)
+        output = self._model(model_input, self._times[row], **self._kwargs)
+        # Here and not in accept: an engine that takes outputs by their pointers must not see one
+        # of another device.
+        if isinstance(output, Tensor) and output.device != self._device:
+            raise ValueError(f"model must return a tensor on {self._device}, got {output.device}")
+        return output
 
     def accept(self, output: Any, /) -> Tensor:
         """``output`` as a tensor like the model input; TypeError or ValueError when it is none."""

@@ -1,0 +1,167 @@
+"""Solvers against exact solutions: order of convergence, and the statistics of stochastic ones."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from mixture import Mixture
+
+import fastdiff
+from fastdiff import solvers
+from fastdiff.solvers import TimeGrid
+
+
+def _lambda_grid(start: float, end: float, steps: int) -> TimeGrid:
+    """Uniform in lambda; times are lambdas, for a model that takes lambda as its time."""
+    points = np.linspace(start, end, steps + 1)
+    return TimeGrid("test", points[:-1], points[:-1], points[1:], steps)
+
+
+class _LambdaMixture(Mixture):
+    def __call__(self, x, t):
+        alpha, sigma = map(float, self.schedule.marginal(float(t.reshape(-1)[0])))
+        return self.at(x, alpha, sigma)
+
+
+def _errors(build, steps_list, start=-2.0, end=3.0):
+    schedule = solvers.linear()
+    model = _LambdaMixture(schedule, "eps")
+    truth = _truth(start, end)
+    errors = []
+    for steps in steps_list:
+        table = build(schedule, _lambda_grid(start, end, steps))
+        result = fastdiff.sample(model, x=_start(), solver=table)
+        errors.append((result - truth).abs().max().item())
+    return errors
+
+
+def _start():
+    return torch.linspace(-2.5, 2.5, 64, dtype=torch.float64).reshape(1, 64)
+
+
+@functools.cache
+def _truth(start, end):
+    """The probability-flow ODE by the classical Runge-Kutta method, 500 steps in lambda.
+
+    In data prediction, with y = x/sigma: dy/dlambda = e^lambda E[x0|x] (arXiv 2211.01095, eq. 8).
+    It shares nothing with the solvers under test.
+    """
+    schedule = solvers.linear()
+    model = Mixture(schedule, "x0")
+
+    def slope(lam, y):
+        alpha, sigma = map(float, schedule.marginal(lam))
+        return math.exp(lam) * model.at(sigma * y, alpha, sigma)
+
+    n = 500
+    h = (end - start) / n
+    y = _start() / float(schedule.marginal(start)[1])
+    for i in range(n):
+        lam = start + i * h
+        k1 = slope(lam, y)
+        k2 = slope(lam + h / 2, y + h / 2 * k1)
+        k3 = slope(lam + h / 2, y + h / 2 * k2)
+        k4 = slope(lam + h, y + h * k3)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return y * float(schedule.marginal(end)[1])
+
+
+def _order(errors):
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "order"),
+    [
+        ("ddim", lambda s, g: solvers.ddim(s, g, mode="exact"), 1),
+        ("dpmpp_1", lambda s, g: solvers.dpmpp_2m(s, g, mode="exact", order=1), 1),
+        ("2M midpoint", lambda s, g: solvers.dpmpp_2m(s, g, mode="exact"), 2),
+        ("2M heun", lambda s, g: solvers.dpmpp_2m(s, g, mode="exact", solver_type="heun"), 2),
+    ],
+)
+def test_order_of_convergence(name, build, order):
+    errors = _errors(build, [80, 160, 320, 640])
+    assert _order(errors)[-1] == pytest.approx(order, abs=0.15), (name, errors)
+
+
+def _dirac_or_normal(schedule, std):
+    return Mixture(schedule, "eps", weights=(1.0,), means=(0.4,), stds=(std,))
+
+
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("ddpm", {"variance_type": "fixed_small"}),
+        ("ddpm", {"variance_type": "fixed_large"}),
+        ("ddim", {"eta": 1.0}),
+        ("ddim", {"eta": 0.5}),
+        ("ddim", {"eta": 0.0}),
+        ("dpmpp_2m", {}),
+    ],
+)
+def test_mean_and_variance_of_normal_data(solver, options):
+    """The exact mean and variance of the sampler itself, propagated through the table.
+
+    For normal data the model is affine, so x stays normal and its two moments obey recursions that
+    the table's coefficients determine. Sampling must agree with them within 4 standard errors.
+    """
+    schedule = solvers.linear()
+    model = _dirac_or_normal(schedule, 0.5)
+    table = solvers.make_table(solver, schedule, 25, mode="exact", **options)
+    n = 40_000
+    result = fastdiff.sample(model, (n, 1), solver=table, dtype=torch.float64, seed=11)
+    mean, variance = _moments(table, schedule, model)
+    assert result.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / n))
+    assert result.var().item() == pytest.approx(variance, abs=4 * variance * math.sqrt(2 / n))
+
+
+def _moments(table, schedule, model):
+    """Mean and variance of register 0, by the joint covariance of the registers."""
+    r = table.num_registers
+    mean, cov = np.zeros(r), np.zeros((r, r))
+    cov[0, 0] = table.init_scale**2
+    for row in table.rows:
+        alpha, sigma = map(float, schedule.marginal(schedule.lambda_at(row.time)))
+        at0 = model.at(torch.zeros(1, dtype=torch.float64), alpha, sigma).item()
+        slope = model.at(torch.ones(1, dtype=torch.float64), alpha, sigma).item() - at0
+        predict = np.zeros(r)
+        predict[row.feed] = row.from_state + row.from_output * slope
+        step, shift, noise = np.eye(r), np.zeros(r), np.zeros(r)
+        for update in row.updates:
+            step[update.dest] = np.array(update.from_registers) + update.from_prediction * predict
+            shift[update.dest] = update.from_prediction * row.from_output * at0
+            noise[update.dest] = update.from_noise
+        mean = step @ mean + shift
+        cov = step @ cov @ step.T + np.outer(noise, noise)
+    return mean[0], cov[0, 0]
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_ddpm_moments_tend_to_the_datas(variance_type):
+    schedule = solvers.linear()
+    model = _dirac_or_normal(schedule, 0.5)
+    gaps = []
+    for steps in (50, 200, 1000):
+        table = solvers.make_table(
+            "ddpm", schedule, steps, mode="exact", variance_type=variance_type
+        )
+        mean, variance = _moments(table, schedule, model)
+        assert mean == pytest.approx(0.4, abs=5e-3)
+        gaps.append(abs(variance - 0.25))
+    # First order in the step: five times the steps, a fifth of the gap.
+    assert gaps[1] / gaps[2] == pytest.approx(5, rel=0.15)
+
+
+def test_ddpm_is_exact_in_one_respect_each_way():
+    """fixed_small is the posterior of a point, fixed_large of unit normal data (section 3.2)."""
+    schedule = solvers.linear()
+    point = _dirac_or_normal(schedule, 0.0)
+    table = solvers.make_table("ddpm", schedule, 10, mode="exact", variance_type="fixed_small")
+    mean, variance = _moments(table, schedule, point)
+    assert mean == pytest.approx(0.4, abs=1e-12)
+    assert variance == pytest.approx(0.0, abs=1e-20)
