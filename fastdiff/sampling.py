@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def sample(
     model: called as ``model(x, t, **kwargs)`` with x [B, ...] and t [B]; t is int64 when every time
         of the run is whole, else of the state's dtype. Returns a tensor like x, or a tuple whose
         first entry is one, or an object with ``.sample`` (diffusers). A model with an attribute
-        ``sampling`` (schedule, prediction, shape) gives the defaults of those three.
+        ``sampling`` (schedule, prediction, grid, shape) gives the defaults of those four.
     shape: [B, ...] of the result. Default: x's, or one image (or one per seed) of the model's.
     x: the state to start from instead of drawn noise; not modified. It is the state x_T itself: the
         table's ``init_scale`` is not applied.
@@ -167,6 +168,8 @@ def _table(
         )
     if prediction is None:
         prediction = getattr(defaults, "prediction", None) or "eps"
+    if grid is None:
+        grid = getattr(defaults, "grid", None)
     if isinstance(grid, (list, np.ndarray)):
         grid = tuple(float(time) for time in grid)
     make: Callable[..., SolverTable] = _cached_table
@@ -215,10 +218,10 @@ def _state_facts(
         count = 1 if seed is None or isinstance(seed, (int, np.integer)) else len(seed)
         shape = (count, *per_image)
     try:
-        sizes = tuple(int(size) for size in shape)
+        sizes = tuple(operator.index(size) for size in shape)
     except TypeError as error:
         raise TypeError(f"shape must be a sequence of integers, got {shape!r}") from error
-    if not sizes or any(isinstance(s, float) for s in shape) or min(sizes) < 1:
+    if not sizes or min(sizes) < 1:
         raise ValueError(f"shape must hold positive integers, batch first, got {shape}")
 
     reference = x

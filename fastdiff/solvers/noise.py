@@ -50,7 +50,7 @@ class GeneratorNoise:
         self._dtype = dtype
         self._state_dtype = state_dtype
         self._device = device
-        if generator is not None and not isinstance(generator, torch.Generator):
+        if isinstance(generator, Sequence):
             generators = list(generator)
             if len(generators) != self._shape[0]:
                 raise ValueError(

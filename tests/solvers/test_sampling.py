@@ -150,10 +150,16 @@ def test_guidance_stacks_uncond_first_and_repeats_shared_arguments():
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m"])
 def test_the_picture_of_a_seed_does_not_depend_on_its_batch(solver, engine):
-    batch = draw(shape=(4, 3, 5, 3), solver=solver, seed=[7, 8, 100, 9], engine=engine)
-    alone = draw(shape=(1, 3, 5, 3), solver=solver, seed=9, engine=engine)
-    assert torch.equal(batch[3:], alone)
-    shifted = draw(shape=(2, 3, 5, 3), solver=solver, seed=7, engine=engine)
+    def run(count, seed):
+        shape = (count, 3, 5, 3)
+        return draw(polynomial, shape=shape, solver=solver, seed=seed, engine=engine)
+
+    def polynomial(x, t):  # torch.exp rounds by position in the vector; products do not
+        return 0.9 * x - 0.01 * x * x * x
+
+    batch = run(4, [7, 8, 100, 9])
+    assert torch.equal(batch[3:], run(1, 9))
+    shifted = run(2, 7)
     assert torch.equal(batch[:2], shifted)
     assert not torch.equal(batch[0], batch[1])
 
@@ -349,7 +355,7 @@ Y = {"y": torch.ones(2)}
         (ValueError, "shape or x", {"shape": None}),
         (ValueError, "positive", {"shape": (0, 3, 4, 4)}),
         (ValueError, "positive", {"shape": ()}),
-        (ValueError, "positive", {"shape": (1, 2.5)}),
+        (TypeError, "shape must be", {"shape": (1, 2.5)}),
         (TypeError, "shape must be", {"shape": 5}),
         (TypeError, "shape must be", {"shape": (1, "a")}),
         (ValueError, "shape must be x's", {"x": torch.ones(1, 3)}),
