@@ -241,3 +241,18 @@ def test_starting_part_way():
         make_table("dpmpp_2m", "linear", 6).from_step(2)
     grid = make_grid(solvers.linear(), 6, "linspace", convention="dpm").from_step(2)
     assert make_table("dpmpp_2m", "linear", grid=grid).times == tuple(grid.times)
+
+
+@pytest.mark.parametrize(
+    ("steps", "mode", "lower"), [(14, "parity", True), (15, "parity", False), (14, "exact", False)]
+)
+def test_last_step_is_of_order_one_in_short_runs(steps, mode, lower):
+    options = {"mode": mode, "final_sigmas_type": "sigma_min"}
+    last = make_table("dpmpp_2m", "linear", steps, **options).rows[-1].updates[0]
+    assert (last.from_registers[1] == 0) == lower
+    # Starting part way leaves the rule to the run's planned number of steps.
+    grid = make_grid(
+        solvers.linear(), steps, "linspace", convention="dpm", final="sigma_min"
+    ).from_step(3)
+    rest = make_table("dpmpp_2m", "linear", grid=grid, mode=mode)
+    assert (rest.rows[-1].updates[0].from_registers[1] == 0) == lower
