@@ -2,6 +2,20 @@
 
 An op is registered as ``torch.ops.fastdiff.<name>``. Its fake and its gradient come from the
 reference, so `torch.compile` and autograd work with every implementation.
+
+To add an op `<name>`:
+1. `kernels/<name>.py`: the Triton kernels, `select` (the pure launch policy), `launch`, and
+   `aot_configs` (every configuration `select` can return). Torch and Triton only.
+2. `fastdiff/ops/<name>.py`: `OP = register(Op(name="<name>", ...))` and the public function
+   `<name>(...)`, which calls `torch.ops.fastdiff.<name>`. It imports the kernels at the first
+   launch, never at import. A C++ implementation is a call on raw pointers through `_ext.ext()`.
+3. One line in `fastdiff/ops/__init__.py`.
+4. `tests/ops/test_<name>.py`: bad input, and what is special to it.
+Conformance, opcheck, gradients, compilation, the interpreter, the compile check, the benchmarks and
+the doctor find it through the list.
+
+It is one opaque operator for the compiler (define and impl, not `triton_op`): the C++ call and the
+choice between implementations cannot be traced, and what is around it is fused before it is made.
 """
 
 from __future__ import annotations
@@ -75,7 +89,9 @@ class Op:
     name: the one name that finds the kernel, the contract, the tests and the benchmarks.
     schema: arguments and result in PyTorch's schema language, without the name and without "*"; the
         last argument is ``str impl="auto"``, which the callables below do not receive.
-    reference: plain PyTorch; the meaning, the fallback, the source of the fake and of the gradient.
+    reference: plain PyTorch; the meaning, the fallback, the source of fake and gradient.
+    pattern: the same arguments, the calls as a model writes them, without care for dtype or layout:
+        what fusion looks for in a graph, and the eager baseline of the benchmarks.
     check: raises ValueError or TypeError for arguments outside the contract.
     implementations: in order of preference; the reference is added as the last one.
     examples: shapes of real models, by name, the smallest first.
@@ -87,6 +103,7 @@ class Op:
     name: str
     schema: str
     reference: Callable[..., torch.Tensor]
+    pattern: Callable[..., torch.Tensor]
     check: Callable[..., None]
     implementations: tuple[Implementation, ...]
     examples: tuple[Example, ...]

@@ -62,6 +62,28 @@ def reference(
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
+def pattern(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
+    """The calls of a U-Net's residual block, in the inputs' own dtypes."""
+    trailing = (..., *[None] * (x.dim() - 2))
+    y = x if add is None else x + add[trailing]
+    y = torch.nn.functional.group_norm(y, num_groups, weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + scale[trailing])
+    if shift is not None:
+        y = y + shift[trailing]
+    return torch.nn.functional.silu(y) if activation == "silu" else y
+
+
 def check(
     x: Tensor,
     num_groups: int,
@@ -321,6 +343,7 @@ OP = register(
         "Tensor? add=None, Tensor? scale=None, Tensor? shift=None, float eps=1e-05, "
         'str activation="silu", str impl="auto") -> Tensor',
         reference=reference,
+        pattern=pattern,
         check=check,
         implementations=(
             Implementation("cpp", _cpp_supports, _cpp),
