@@ -26,9 +26,8 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-constexpr int kWays = 4;  // sums kept apart, so that one addition does not wait for the one before
-constexpr int64_t kMaxRun = 128 * kWays * kLanes;  // elements summed in fp32 before they go to double
-constexpr int64_t kMaxPixels = 128;                // the same for one channel, channels last
+constexpr int64_t kMaxRun = 256 * kLanes;  // elements summed in fp32 before they go to double
+constexpr int64_t kMaxPixels = 64;         // the same for one channel, channels last
 constexpr int64_t kMinRow = 256;           // bytes of a pixel worth reading on their own
 constexpr int64_t kParallelGrain = 16384;  // elements that repay handing work to another thread
 #if defined(__AVX512F__)
@@ -175,6 +174,29 @@ bool finish(Sums sums, double centre_error, int64_t count, double eps, float* ce
   return good;
 }
 
+FASTDIFF_INLINE void add_lanes(vfloat v, double* to) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < kLanes; ++i) to[i] += double(lanes[i]);
+}
+
+struct PairSums {
+  vfloat sum, squares;
+  FASTDIFF_METHOD PairSums() : sum(splat(0.0f)), squares(splat(0.0f)) {}
+  FASTDIFF_METHOD void take(vfloat d) {
+    sum = sum + d;
+    squares = fma(d, d, squares);
+  }
+  // Four vectors, added to each other first: a quarter of the roundings at the size of the sum.
+  template <class T>
+  FASTDIFF_METHOD void take4(const T* x, int64_t step, vfloat centre) {
+    const vfloat a = load(x) - centre, b = load(x + step) - centre;
+    const vfloat c = load(x + 2 * step) - centre, d = load(x + 3 * step) - centre;
+    sum = sum + ((a + b) + (c + d));
+    squares = squares + fma(d, d, fma(c, c, fma(b, b, a * a)));
+  }
+};
+
 template <class T, bool kSilu>
 FASTDIFF_INLINE vfloat activate(vfloat y) {
   return kSilu ? silu<T>(y) : y;
@@ -183,24 +205,15 @@ FASTDIFF_INLINE vfloat activate(vfloat y) {
 // --- NCHW: a group is one run of memory, a channel one run of hw elements -------------------------
 
 struct RunSums {
-  vfloat sum[kWays], squares[kWays];
-  int64_t terms;
-  Sums total;
+  PairSums way[2];  // two, so that one addition does not wait for the one before
+  int64_t terms = 0;
+  double lane_sum[kLanes] = {}, lane_squares[kLanes] = {};
 
-  FASTDIFF_METHOD RunSums() { clear(); }
-  FASTDIFF_METHOD void clear() {
-    for (int i = 0; i < kWays; ++i) sum[i] = squares[i] = splat(0.0f);
-    terms = 0;
-  }
   FASTDIFF_METHOD void flush() {
-    total.sum += double(sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])));
-    total.squares +=
-        double(sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])));
-    clear();
-  }
-  FASTDIFF_METHOD void take(int i, vfloat d) {
-    sum[i] = sum[i] + d;
-    squares[i] = fma(d, d, squares[i]);
+    add_lanes(way[0].sum + way[1].sum, lane_sum);
+    add_lanes(way[0].squares + way[1].squares, lane_squares);
+    way[0] = way[1] = PairSums();
+    terms = 0;
   }
   // n <= kMaxRun
   template <class T>
@@ -209,13 +222,28 @@ struct RunSums {
     terms += n;
     const vfloat k = splat(centre);
     int64_t i = 0;
-    for (; i + kWays * kLanes <= n; i += kWays * kLanes)
-      for (int way = 0; way < kWays; ++way) take(way, load(x + i + way * kLanes) - k);
-    for (; i + kLanes <= n; i += kLanes) take(0, load(x + i) - k);
+    for (; i + 8 * kLanes <= n; i += 8 * kLanes) {
+      way[0].take4(x + i, kLanes, k);
+      way[1].take4(x + i + 4 * kLanes, kLanes, k);
+    }
+    if (i + 4 * kLanes <= n) {
+      way[0].take4(x + i, kLanes, k);
+      i += 4 * kLanes;
+    }
+    for (; i + kLanes <= n; i += kLanes) way[1].take(load(x + i) - k);
     if (i < n) {
       const int rest = int(n - i);
-      take(1, keep_first(load_first(x + i, rest) - k, rest));
+      way[1].take(keep_first(load_first(x + i, rest) - k, rest));
     }
+  }
+  FASTDIFF_METHOD Sums total() {
+    flush();
+    Sums sums;
+    for (int i = 0; i < kLanes; ++i) {
+      sums.sum += lane_sum[i];
+      sums.squares += lane_squares[i];
+    }
+    return sums;
   }
 };
 
@@ -231,8 +259,7 @@ Sums run_sums(const T* x, int64_t begin, int64_t end, int64_t hw, const float* c
     sums.run(x + at, stop - at, centre[channel]);
     at = stop;
   }
-  sums.flush();
-  return sums.total;
+  return sums.total();
 }
 
 template <class T, bool kSilu>
@@ -386,26 +413,17 @@ struct Rows {
 template <int kVectors, class T>
 FASTDIFF_INLINE void strip_sums(const T* x, int64_t pixels, int64_t stride, const float* centre,
                                 double* sum, double* squares) {
-  vfloat k[kVectors], s[kVectors], q[kVectors];
+  vfloat k[kVectors];
+  PairSums sums[kVectors];
+  for (int v = 0; v < kVectors; ++v) k[v] = load(centre + v * kLanes);
+  int64_t p = 0;
+  for (; p + 4 <= pixels; p += 4, x += 4 * stride)
+    for (int v = 0; v < kVectors; ++v) sums[v].take4(x + v * kLanes, stride, k[v]);
+  for (; p < pixels; ++p, x += stride)
+    for (int v = 0; v < kVectors; ++v) sums[v].take(load(x + v * kLanes) - k[v]);
   for (int v = 0; v < kVectors; ++v) {
-    k[v] = load(centre + v * kLanes);
-    s[v] = q[v] = splat(0.0f);
-  }
-  for (int64_t p = 0; p < pixels; ++p, x += stride) {
-    for (int v = 0; v < kVectors; ++v) {
-      const vfloat d = load(x + v * kLanes) - k[v];
-      s[v] = s[v] + d;
-      q[v] = fma(d, d, q[v]);
-    }
-  }
-  alignas(64) float lane_sum[kVectors * kLanes], lane_squares[kVectors * kLanes];
-  for (int v = 0; v < kVectors; ++v) {
-    store(lane_sum + v * kLanes, s[v]);
-    store(lane_squares + v * kLanes, q[v]);
-  }
-  for (int c = 0; c < kVectors * kLanes; ++c) {
-    sum[c] += double(lane_sum[c]);
-    squares[c] += double(lane_squares[c]);
+    add_lanes(sums[v].sum, sum + v * kLanes);
+    add_lanes(sums[v].squares, squares + v * kLanes);
   }
 }
 
@@ -413,15 +431,11 @@ template <class T>
 void tail_sums(const T* x, int64_t pixels, int64_t stride, int n, const float* centre, double* sum,
                double* squares) {
   const vfloat k = load_first(centre, n);
-  vfloat s = splat(0.0f), q = splat(0.0f);
-  for (int64_t p = 0; p < pixels; ++p, x += stride) {
-    const vfloat d = load_first(x, n) - k;
-    s = s + d;
-    q = fma(d, d, q);
-  }
+  PairSums sums;
+  for (int64_t p = 0; p < pixels; ++p, x += stride) sums.take(load_first(x, n) - k);
   alignas(64) float lane_sum[kLanes], lane_squares[kLanes];
-  store(lane_sum, s);
-  store(lane_squares, q);
+  store(lane_sum, sums.sum);
+  store(lane_squares, sums.squares);
   for (int c = 0; c < kLanes && c < n; ++c) {
     sum[c] += double(lane_sum[c]);
     squares[c] += double(lane_squares[c]);
