@@ -61,7 +61,9 @@ def find_compiler() -> list[str]:
     for command in candidates:
         if shutil.which(command[0]):
             return command
-    raise BuildUnavailable("no C++ compiler found (tried $CXX, c++, g++, clang++): install g++ or clang")
+    raise BuildUnavailable(
+        "no C++ compiler found (tried $CXX, c++, g++, clang++): install g++ or clang"
+    )
 
 
 def find_ninja() -> str:
@@ -207,7 +209,9 @@ class BuildExtension(build_ext):
             return {"extension": "none", "reason": "built with FASTDIFF_EXT=off"}
         nvcc = None if mode == "cpu" else find_nvcc()
         if mode == "cuda" and nvcc is None:
-            raise SystemExit("FASTDIFF_EXT=cuda needs nvcc: set CUDA_HOME to the CUDA toolkit's folder")
+            raise SystemExit(
+                "FASTDIFF_EXT=cuda needs nvcc: set CUDA_HOME to the CUDA toolkit's folder"
+            )
         reason = "" if nvcc or mode == "cpu" else "nvcc not found: set CUDA_HOME and install again"
         if mode == "cpu":
             reason = "built with FASTDIFF_EXT=cpu"

@@ -54,7 +54,9 @@ def cuda_report(nvcc: Path, source: Path, arch: int, folder: Path) -> tuple[list
         return [], [f"{label}: ptxas reported no kernel"]
     bad = [row for row in stats if any(int(value) for value in row[:3])]
     registers = sorted(int(row[3]) for row in stats)
-    rows = [f"{label:32} {len(stats):3} kernels, {registers[0]}-{registers[-1]} registers, {len(bad)} spill"]
+    rows = [
+        f"{label:32} {len(stats):3} kernels, {registers[0]}-{registers[-1]} registers, {len(bad)} spill"
+    ]
     return rows, [f"{label}: stack, spill stores, spill loads, registers = {row}" for row in bad]
 
 
@@ -64,7 +66,9 @@ def check_cuda(build: ModuleType) -> tuple[list[str], list[str]]:
         print("nvcc not found: set CUDA_HOME to the CUDA toolkit's folder", file=sys.stderr)
         raise SystemExit(2)
     targets = build.cuda_targets(nvcc)
-    architectures = [arch for arch in build.CUDA_ARCHITECTURES if any(f"sm_{arch}" in t for t in targets)]
+    architectures = [
+        arch for arch in build.CUDA_ARCHITECTURES if any(f"sm_{arch}" in t for t in targets)
+    ]
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [
@@ -82,13 +86,27 @@ def check_cuda(build: ModuleType) -> tuple[list[str], list[str]]:
     return [row for rows, _ in results for row in rows], violations
 
 
-def foreign_symbols(compiler: list[str], flags: list[str], source: Path, isa: str, folder: Path) -> list[str]:
+def foreign_symbols(
+    compiler: list[str], flags: list[str], source: Path, isa: str, folder: Path
+) -> list[str]:
     """Symbols the object defines for others to use that do not carry its namespace."""
     target = folder / f"{source.stem}.{isa}.o"
-    command = [*compiler, *flags, f"-DFASTDIFF_ISA={isa}", f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)]
+    command = [
+        *compiler,
+        *flags,
+        f"-DFASTDIFF_ISA={isa}",
+        f"-I{ROOT / 'csrc'}",
+        "-c",
+        str(source),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True)
     listed = subprocess.run(
-        ["nm", "--defined-only", "--extern-only", str(target)], check=True, capture_output=True, text=True
+        ["nm", "--defined-only", "--extern-only", str(target)],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     names = [line.split()[-1] for line in listed.splitlines() if line]
     return [f"{source.name} {isa}: exports {name}" for name in names if isa not in name]

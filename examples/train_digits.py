@@ -95,7 +95,7 @@ def train(model: DiT, images: Tensor, labels: Tensor, steps: int) -> DiT:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--steps", type=int, default=4500, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=3000, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--out", default="digits.safetensors", help="default %(default)s")
     args = parser.parse_args()

@@ -89,7 +89,9 @@ def _package(name: str, required: bool) -> Finding:
     low, high = SUPPORTED.get(name, ("0", "999"))
     if not _version_tuple(low) <= _version_tuple(version) < _version_tuple(high):
         remedy = f"pip install '{name}>={low},<{high}'"
-        return Finding(name, "broken", f"{version} is not among the tested {low} <= v < {high}", remedy)
+        return Finding(
+            name, "broken", f"{version} is not among the tested {low} <= v < {high}", remedy
+        )
     return Finding(name, "ok", version)
 
 
@@ -125,7 +127,9 @@ def _gpu() -> list[Finding]:
         )
         if arch < 80:
             found.append(
-                Finding(f"GPU {index}", "broken", detail, "the kernels need sm_80 (Ampere) or newer")
+                Finding(
+                    f"GPU {index}", "broken", detail, "the kernels need sm_80 (Ampere) or newer"
+                )
             )
         else:
             found.append(Finding(f"GPU {index}", "ok", detail))
@@ -172,7 +176,9 @@ def _operators() -> list[Finding]:
                         f"op {op.name} [{name}, {device}]",
                         "ok" if ok else "missing" if unusable else "broken",
                         outcome,
-                        "" if ok or unusable else "please report this with the whole of this output",
+                        ""
+                        if ok or unusable
+                        else "please report this with the whole of this output",
                     )
                 )
     return found
@@ -181,7 +187,9 @@ def _operators() -> list[Finding]:
 def diagnose() -> list[Finding]:
     """Everything `fastdiff doctor` reports, in order; never raises for a broken part."""
     sections: list[Callable[[], Finding | list[Finding]]] = [
-        lambda: Finding("fastdiff", "ok", f"{metadata.version('fastdiff')} at {Path(__file__).parent}"),
+        lambda: Finding(
+            "fastdiff", "ok", f"{metadata.version('fastdiff')} at {Path(__file__).parent}"
+        ),
         lambda: Finding("python", "ok", f"{sys.version.split()[0]} on {platform.platform()}"),
         lambda: _package("torch", required=True),
         lambda: _package("triton", required=False),
@@ -195,7 +203,9 @@ def diagnose() -> list[Finding]:
         try:
             result = section()
         except Exception as error:
-            result = Finding("doctor", "broken", f"{type(error).__name__}: {error}", "please report this")
+            result = Finding(
+                "doctor", "broken", f"{type(error).__name__}: {error}", "please report this"
+            )
         findings += result if isinstance(result, list) else [result]
     return findings
 

@@ -36,15 +36,18 @@ STORED = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model's weights are meant to be sampled; ``fastdiff.sample`` reads the first three.
+    """How a model's weights are meant to be sampled; ``fastdiff.sample`` reads the first four.
 
     schedule: name of the noise schedule it was trained with. prediction: what it outputs.
+    grid: the time grid to sample on. "leading" by default because it starts below t = T-1, where a
+        cosine schedule has alpha = 5e-5 and an eps model's x0 = (x - sigma eps)/alpha explodes.
     shape: (C, H, W) of one image. guidance_scale: a good default for class-conditional pictures.
     value_range: of the training images.
     """
 
     schedule: str = "cosine"
     prediction: str = "eps"
+    grid: str = "leading"
     shape: tuple[int, int, int] = (1, 8, 8)
     num_classes: int = 10
     guidance_scale: float = 1.0
@@ -239,7 +242,12 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor]) -> tuple[DiTConfig, Sa
             theirs = (config.hidden_size, config.depth, config.patch_size, config.in_channels)
             if sizes == theirs and config.learn_sigma:
                 shape = (config.in_channels, config.input_size, config.input_size)
-                return config, Sampling("linear", "eps", shape, config.num_classes, 4.0)
+                return config, Sampling(
+                    schedule="linear",
+                    shape=shape,
+                    num_classes=config.num_classes,
+                    guidance_scale=4.0,
+                )
     raise ValueError(
         f"{path} must carry its configuration (the metadata key {METADATA_KEY!r}, written by "
         f"fastdiff.models.save) or have the shapes of one of {', '.join(CONFIGS)}, got neither"

@@ -1,0 +1,68 @@
+"""Importing fastdiff is free: no CUDA context, no Triton, nothing edited."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+import fastdiff
+
+
+def in_fresh_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_takes_no_cuda_context_and_no_triton():
+    out = in_fresh_process(
+        "import json, os, sys, torch\n"
+        "before, environment = set(sys.modules), dict(os.environ)\n"
+        "defaults = (torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cudnn.benchmark,\n"
+        "            torch.get_float32_matmul_precision())\n"
+        "import fastdiff\n"
+        "after = (torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cudnn.benchmark,\n"
+        "         torch.get_float32_matmul_precision())\n"
+        "new = set(sys.modules) - before\n"
+        "print(json.dumps(dict(\n"
+        "  triton=[m for m in new if m.split('.')[0] == 'triton'],\n"
+        "  heavy=[m for m in new if m.split('.')[0] in ('diffusers', 'transformers', 'sklearn', 'PIL')],\n"
+        "  inductor=[m for m in new if m.startswith(('torch._inductor', 'torch._dynamo'))],\n"
+        "  initialised=torch.cuda.is_initialized(), environment=environment == dict(os.environ),\n"
+        "  defaults=defaults == after, registered=hasattr(torch.ops.fastdiff, 'group_norm_silu'))))\n"
+    )
+    assert json.loads(out) == {
+        "triton": [],
+        "heavy": [],
+        "inductor": [],
+        "initialised": False,
+        "environment": True,
+        "defaults": True,
+        "registered": True,
+    }
+
+
+@pytest.mark.parametrize("name", fastdiff.__all__)
+def test_public_names_resolve(name):
+    assert getattr(fastdiff, name) is not None
+    assert name in dir(fastdiff)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'smaple'"):
+        _ = fastdiff.smaple
+
+
+def test_version_matches_the_distribution():
+    assert metadata.version("fastdiff") == fastdiff.__version__
