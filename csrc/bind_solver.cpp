@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <optional>
 #include <string>
 
 #include "bind_solver.h"
@@ -71,11 +71,14 @@ PackedTable make_table(const py::buffer& index, const py::buffer& coef, int num_
 
 StepTask make_task(const PackedTable& table, const std::vector<uintptr_t>& registers,
                    int state_dtype, int output_dtype, uintptr_t input, int input_dtype, int copies,
-                   const std::vector<uint64_t>& seeds, int64_t images, int64_t per_image) {
+                   const std::vector<uint64_t>& seeds, int64_t images, int64_t per_image,
+                   int64_t channels) {
   require(int(registers.size()) == table.num_registers,
           "registers must hold " + std::to_string(table.num_registers) + " pointers, got " +
               std::to_string(registers.size()));
   require(images >= 0 && per_image >= 0, "images and per_image must not be negative");
+  require(channels >= 1 && per_image % channels == 0,
+          "channels must divide per_image, got " + std::to_string(channels));
   require(copies == 1 || copies == 2, "copies must be 1 or 2, got " + std::to_string(copies));
   require(seeds.empty() || int64_t(seeds.size()) == images,
           "seeds must be empty or one per image (" + std::to_string(images) + "), got " +
@@ -92,6 +95,7 @@ StepTask make_task(const PackedTable& table, const std::vector<uintptr_t>& regis
   task.seeds = seeds.empty() ? nullptr : seeds.data();
   task.images = images;
   task.per_image = per_image;
+  task.channels = channels;
   return task;
 }
 
@@ -114,9 +118,11 @@ void bind_solver(py::module_& module) {
          py::object accept, py::object draw, py::object on_step,
          const std::vector<uintptr_t>& registers, int state_dtype, int output_dtype,
          uintptr_t input, int input_dtype, int copies, const std::vector<uint64_t>& seeds,
-         int64_t images, int64_t per_image, int threads) {
+         int64_t images, int64_t per_image, int threads, int64_t channels,
+         std::optional<uintptr_t> stream, uintptr_t device_seeds) {
         StepTask task = make_task(table, registers, state_dtype, output_dtype, input, input_dtype,
-                                  copies, seeds, images, per_image);
+                                  copies, seeds, images, per_image, channels);
+        if (stream) task.seeds = reinterpret_cast<const uint64_t*>(device_seeds);
         require(int(inputs.size()) == table.rows, "inputs must hold one tensor per row");
         for (int i = 0; i < table.rows; ++i) {
           table.fill(task, i);
@@ -125,23 +131,29 @@ void bind_solver(py::module_& module) {
         }
         return run_loop(table, task,
                         {std::move(evaluate), std::move(inputs), std::move(like), std::move(accept),
-                         std::move(draw), std::move(on_step)},
+                         std::move(draw), std::move(on_step), stream.has_value(),
+                         reinterpret_cast<void*>(stream.value_or(0))},
                         threads);
       },
       py::arg("table"), py::arg("evaluate"), py::arg("inputs"), py::arg("like"), py::arg("accept"),
       py::arg("draw"), py::arg("on_step"), py::arg("registers"), py::arg("state_dtype"),
       py::arg("output_dtype"), py::arg("input"), py::arg("input_dtype"), py::arg("copies"),
-      py::arg("seeds"), py::arg("images"), py::arg("per_image"), py::arg("threads"));
+      py::arg("seeds"), py::arg("images"), py::arg("per_image"), py::arg("threads"),
+      py::arg("channels") = 1, py::arg("stream") = py::none(), py::arg("device_seeds") = 0,
+      "Runs the table; returns the rows run. channels: 1, or C for channels-last memory (drawn noise "
+      "is numbered in contiguous order). stream: a CUDA stream for tensors on the current GPU (no "
+      "synchronisation; the seeds are then uint64[images] on the GPU at device_seeds), None on the "
+      "CPU.");
 
   module.def(
       "solver_step",
       [](const PackedTable& table, int row, const std::vector<uintptr_t>& registers,
          int state_dtype, uintptr_t output, uintptr_t uncond, int output_dtype, uintptr_t input,
          int input_dtype, int copies, uintptr_t noise, const std::vector<uint64_t>& seeds,
-         int64_t images, int64_t per_image, int threads) {
+         int64_t images, int64_t per_image, int threads, int64_t channels) {
         require(row >= 0 && row < table.rows, "row must be in 0..rows-1, got " + std::to_string(row));
         StepTask task = make_task(table, registers, state_dtype, output_dtype, input, input_dtype,
-                                  copies, seeds, images, per_image);
+                                  copies, seeds, images, per_image, channels);
         table.fill(task, row);
         task.output = reinterpret_cast<const void*>(output);
         task.uncond = reinterpret_cast<const void*>(uncond);
@@ -154,7 +166,8 @@ void bind_solver(py::module_& module) {
       py::arg("table"), py::arg("row"), py::arg("registers"), py::arg("state_dtype"),
       py::arg("output"), py::arg("uncond"), py::arg("output_dtype"), py::arg("input"),
       py::arg("input_dtype"), py::arg("copies"), py::arg("noise"), py::arg("seeds"),
-      py::arg("images"), py::arg("per_image"), py::arg("threads"));
+      py::arg("images"), py::arg("per_image"), py::arg("threads"), py::arg("channels") = 1,
+      "One row on the CPU, in place on the registers and the input.");
 
   module.def(
       "philox_normal",

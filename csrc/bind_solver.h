@@ -17,7 +17,8 @@ void require(bool condition, const std::string& message);
 fastdiff::StepTask make_task(const fastdiff::PackedTable& table,
                              const std::vector<uintptr_t>& registers, int state_dtype,
                              int output_dtype, uintptr_t input, int input_dtype, int copies,
-                             const std::vector<uint64_t>& seeds, int64_t images, int64_t per_image);
+                             const std::vector<uint64_t>& seeds, int64_t images, int64_t per_image,
+                             int64_t channels);
 
 bool row_uses_noise(const fastdiff::StepTask& task);
 

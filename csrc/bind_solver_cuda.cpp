@@ -28,9 +28,9 @@ void bind_solver_cuda(py::module_& module) {
       [](const PackedTable& table, int row, const std::vector<uintptr_t>& registers,
          int state_dtype, uintptr_t output, uintptr_t uncond, int output_dtype, uintptr_t input,
          int input_dtype, int copies, uintptr_t noise, uintptr_t seeds, int64_t images,
-         int64_t per_image, uintptr_t stream) {
+         int64_t per_image, uintptr_t stream, int64_t channels) {
         StepTask task = make_task(table, registers, state_dtype, output_dtype, input, input_dtype,
-                                  copies, {}, images, per_image);
+                                  copies, {}, images, per_image, channels);
         require(row >= 0 && row < table.rows, "row must be in 0..rows-1, got " + std::to_string(row));
         table.fill(task, row);
         task.output = reinterpret_cast<const void*>(output);
@@ -45,6 +45,7 @@ void bind_solver_cuda(py::module_& module) {
       py::arg("output"), py::arg("uncond"), py::arg("output_dtype"), py::arg("input"),
       py::arg("input_dtype"), py::arg("copies"), py::arg("noise"), py::arg("seeds"),
       py::arg("images"), py::arg("per_image"), py::arg("stream"),
+      py::arg("channels") = 1,
       "One row on the GPU; seeds is a device pointer to uint64[images] or 0. Does not synchronise.");
 
   module.def(
@@ -69,9 +70,10 @@ void bind_solver_cuda(py::module_& module) {
       [](const PackedTable& table, uintptr_t rows, uintptr_t counter,
          const std::vector<uintptr_t>& registers, int state_dtype, uintptr_t output,
          uintptr_t uncond, int output_dtype, uintptr_t input, int input_dtype, int copies,
-         uintptr_t noise, uintptr_t seeds, int64_t images, int64_t per_image, uintptr_t stream) {
+         uintptr_t noise, uintptr_t seeds, int64_t images, int64_t per_image, uintptr_t stream,
+         int64_t channels) {
         StepTask task = make_task(table, registers, state_dtype, output_dtype, input, input_dtype,
-                                  copies, {}, images, per_image);
+                                  copies, {}, images, per_image, channels);
         task.output = reinterpret_cast<const void*>(output);
         task.uncond = reinterpret_cast<const void*>(uncond);
         task.noise = reinterpret_cast<const void*>(noise);
@@ -89,6 +91,7 @@ void bind_solver_cuda(py::module_& module) {
       py::arg("state_dtype"), py::arg("output"), py::arg("uncond"), py::arg("output_dtype"),
       py::arg("input"), py::arg("input_dtype"), py::arg("copies"), py::arg("noise"),
       py::arg("seeds"), py::arg("images"), py::arg("per_image"), py::arg("stream"),
+      py::arg("channels") = 1,
       "The row counter[0] (int32 on the GPU) of the table; advances counter[0]. counter: int32[2], zeroed.");
 
   module.def(

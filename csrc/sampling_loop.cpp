@@ -1,5 +1,12 @@
 #include "sampling_loop.h"
 
+#include <stdexcept>
+#include <string>
+
+#if defined(FASTDIFF_WITH_CUDA)
+#include "cuda/solver_step.h"
+#endif
+
 namespace fastdiff {
 namespace py = pybind11;
 
@@ -18,6 +25,7 @@ namespace {
 // Interned once: attribute look-ups by these cost a dictionary probe.
 struct Names {
   PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* device = PyUnicode_InternFromString("device");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
@@ -52,19 +60,31 @@ class Layout {
   explicit Layout(const py::object& like)
       : type_(py::type::of(like)),
         dtype_(steal(PyObject_GetAttr(like.ptr(), names().dtype))),
+        device_(steal(PyObject_GetAttr(like.ptr(), names().device))),
         shape_(steal(PyObject_GetAttr(like.ptr(), names().shape))),
         stride_(steal(PyObject_CallMethodNoArgs(like.ptr(), names().stride))) {}
 
   bool fits(const py::object& output) const {
     if (py::type::of(output).ptr() != type_.ptr()) return false;
     if (!steal(PyObject_GetAttr(output.ptr(), names().dtype)).is(dtype_)) return false;
+    if (!same(steal(PyObject_GetAttr(output.ptr(), names().device)), device_)) return false;
     if (!same(steal(PyObject_GetAttr(output.ptr(), names().shape)), shape_)) return false;
     return same(steal(PyObject_CallMethodNoArgs(output.ptr(), names().stride)), stride_);
   }
 
  private:
-  py::object type_, dtype_, shape_, stride_;
+  py::object type_, dtype_, device_, shape_, stride_;
 };
+
+void launch(const StepTask& task, void* stream) {
+#if defined(FASTDIFF_WITH_CUDA)
+  if (const int code = cuda_solver_step(task, stream))
+    throw std::runtime_error(std::string("CUDA: ") + cuda_error_text(code));
+#else
+  (void)task, (void)stream;
+  throw std::runtime_error("this build of fastdiff has no CUDA kernels");
+#endif
+}
 
 }  // namespace
 
@@ -92,7 +112,9 @@ int run_loop(const PackedTable& table, StepTask task, const LoopArguments& argum
       noise = arguments.draw(int32_t(task.draw));
       task.noise = reinterpret_cast<const void*>(data_pointer(noise));
     }
-    if (release) {
+    if (arguments.on_gpu) {
+      launch(task, arguments.stream);
+    } else if (release) {
       py::gil_scoped_release released;
       FASTDIFF_DISPATCH(solver_step)(task, threads);
     } else {

@@ -34,10 +34,15 @@ struct LoopArguments {
   pybind11::object accept;     // (output) -> an equivalent tensor like `like`, or raises
   pybind11::object draw;       // (draw) -> noise tensor in the registers' dtype, or None
   pybind11::object on_step;    // (row) -> bool, or None
+  bool on_gpu = false;         // the tensors live on the current CUDA device
+  void* stream = nullptr;      // the CUDA stream the model runs on
 };
 
 // Runs rows 0..N-1, or until on_step returns False; returns the rows run. `task` holds the pointers
 // and sizes; `input` may be null when every row feeds its register as it is.
+//
+// On the GPU every row is one launch on `stream`, and nothing waits for it: outputs and noise may be
+// freed on the host meanwhile when their allocator reuses memory in stream order, as PyTorch's does.
 int run_loop(const PackedTable& table, StepTask task, const LoopArguments& arguments, int threads);
 
 }  // namespace fastdiff

@@ -29,6 +29,9 @@ struct StepTask {
   uint32_t draw;
 
   int64_t images, per_image;
+  // 1: memory order is the order in which an image's noise is numbered (contiguous [C, spatial]).
+  // C > 1: memory is channels last, [spatial, C] per image.
+  int64_t channels = 1;
 
   int feed, next_feed, num_updates;  // next_feed -1: last row
   int dest[kMaxUpdates];

@@ -2,18 +2,21 @@
 
     output     = cond                     or  uncond + guidance*(cond - uncond)
     prediction = from_state*registers[feed] + from_output*output
-    registers[dest] <- sum_j from_registers[j]*registers[j] + from_prediction*prediction + from_noise*z
+    registers[dest] <- sum_j from_registers[j]*registers[j]
+                       + from_prediction*prediction + from_noise*noise
     input      = next_input_scale * registers[next_feed]                      (`copies` times)
 
-registers: [images, per_image] each, float32 or float64, one memory order. output, input: the model's
-dtype (input [copies, images, per_image]). noise: like a register, or drawn here from Philox4x32-10.
+registers: [images, per_image] each, float32 or float64, one memory order. output, input: in the
+model's dtype (input [copies, images, per_image]). noise: like a register, or drawn here from
+Philox4x32-10.
 Bytes: every register read or written once, the output and the input once.
 
-The bits are those of csrc/cpu/solver_step.cpp: products and sums rounded one by one in the table's order,
-so the kernel must be compiled with ``enable_fp_fusion=False``; the noise is csrc/philox.h's.
+The bits are those of csrc/cpu/solver_step.cpp: products and sums are rounded one by one in the
+table's order, so the kernel must be compiled with ``enable_fp_fusion=False``; the noise is
+csrc/philox.h's.
 
-Which coefficients are zero is a compile-time mask (a zero term is not read), so a table compiles to a
-handful of kernels: its first, middle and last rows.
+Which coefficients are zero is a compile-time mask (a zero term is not read), so a table compiles to
+a handful of kernels: its first, middle and last rows.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ MAX_REGISTERS = 8
 MAX_UPDATES = 4
 PREDICTION_BIT = MAX_REGISTERS
 NOISE_BIT = MAX_REGISTERS + 1
+# Triton's interpreter cuts digits off on the way to bfloat16; GPUs round to nearest.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class LaunchPolicy:
 
 @dataclass(frozen=True)
 class RowStructure:
-    """What of a row is known at compile time. Masks: bit r for register r, then prediction, noise."""
+    """What of a row is known at compile time. In masks: bit r register r, then prediction, noise."""
 
     num_registers: int
     feed: int
@@ -195,13 +200,40 @@ def _normals(seed, draw, first_group, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _combine(
-    v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr,
-    MASK: tl.constexpr, NUM_REGISTERS: tl.constexpr,
-):  # fmt: skip
+def _normals_channels_last(seed, draw, element, channels, per_image):
+    """Normals in channels-last memory: element m is number (m % C)*(per_image/C) + m // C."""
+    pixel = element // channels
+    number = (element - pixel * channels) * (per_image // channels) + pixel
+    group = number >> 2
+    zero = tl.zeros_like(group).to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(
+        group.to(tl.uint32),
+        zero + draw.to(tl.uint32),
+        (group >> 32).to(tl.uint32),
+        zero,
+        zero + seed.to(tl.uint32),
+        zero + (seed >> 32).to(tl.uint32),
+    )
+    upper = (number & 2) != 0
+    z0, z1 = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
+    return tl.where((number & 1) != 0, z1, z0)
+
+
+@triton.jit
+def _narrow(value, dtype: tl.constexpr):
+    """Rounds to ``dtype``, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        even = (bits >> 16) & 1
+        bits = tl.where(value == value, bits + even + 0x7FFF, bits) >> 16 << 16
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def _combine(values, prediction, noise, coef_ptr, MASK: tl.constexpr, NUM_REGISTERS: tl.constexpr):
     """The sum of the terms in MASK, in order, the first one unadded."""
-    values = (v0, v1, v2, v3, v4, v5, v6, v7)
-    total = tl.zeros_like(v0)
+    total = tl.zeros_like(values[0])
     for r in tl.static_range(NUM_REGISTERS):
         if (MASK >> r) & 1:
             term = values[r] * tl.load(coef_ptr + r)
@@ -236,12 +268,13 @@ def solver_step_kernel(
     draw,  # int32, the row's draw
     per_image,  # elements of one image
     images,
+    channels,  # of channels-last memory, when CHANNELS_LAST
     NUM_REGISTERS: tl.constexpr, FEED: tl.constexpr, NEXT_FEED: tl.constexpr, READS: tl.constexpr,
     PREDICTION_MASK: tl.constexpr,
     MASK0: tl.constexpr, MASK1: tl.constexpr, MASK2: tl.constexpr, MASK3: tl.constexpr,
     DEST0: tl.constexpr, DEST1: tl.constexpr, DEST2: tl.constexpr, DEST3: tl.constexpr,
-    USES_NOISE: tl.constexpr, PHILOX: tl.constexpr, GUIDED: tl.constexpr, COPIES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    USES_NOISE: tl.constexpr, PHILOX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    GUIDED: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -280,26 +313,19 @@ def solver_step_kernel(
     if USES_NOISE:
         if PHILOX:
             seed = tl.load(seeds_ptr + image)
-            first = pid.to(tl.int64) * (BLOCK // 4)
-            noise = _normals(seed, draw, first, BLOCK // 4).to(state)
+            if CHANNELS_LAST:
+                noise = _normals_channels_last(seed, draw, element, channels, per_image).to(state)
+            else:
+                first = pid.to(tl.int64) * (BLOCK // 4)
+                noise = _normals(seed, draw, first, BLOCK // 4).to(state)
         else:
             noise = tl.load(noise_ptr + at, mask=mask, other=0.0)
 
     WIDTH: tl.constexpr = NUM_REGISTERS + 2
-    n0 = _combine(
-        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4, MASK0, NUM_REGISTERS
-    )
-    n1 = _combine(
-        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4 + WIDTH, MASK1, NUM_REGISTERS
-    )
-    n2 = _combine(
-        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4 + 2 * WIDTH, MASK2,
-        NUM_REGISTERS,
-    )  # fmt: skip
-    n3 = _combine(
-        v0, v1, v2, v3, v4, v5, v6, v7, prediction, noise, coef_ptr + 4 + 3 * WIDTH, MASK3,
-        NUM_REGISTERS,
-    )  # fmt: skip
+    n0 = _combine(values, prediction, noise, coef_ptr + 4, MASK0, NUM_REGISTERS)
+    n1 = _combine(values, prediction, noise, coef_ptr + 4 + WIDTH, MASK1, NUM_REGISTERS)
+    n2 = _combine(values, prediction, noise, coef_ptr + 4 + 2 * WIDTH, MASK2, NUM_REGISTERS)
+    n3 = _combine(values, prediction, noise, coef_ptr + 4 + 3 * WIDTH, MASK3, NUM_REGISTERS)
     tl.store(pointers[DEST0] + at, n0, mask=mask)
     if DEST1 >= 0:
         tl.store(pointers[DEST1] + at, n1, mask=mask)
@@ -318,7 +344,7 @@ def solver_step_kernel(
             following = n2
         if DEST3 == NEXT_FEED:
             following = n3
-        following = (following * tl.load(coef_ptr)).to(input_ptr.dtype.element_ty)
+        following = _narrow(following * tl.load(coef_ptr), input_ptr.dtype.element_ty)
         for copy in tl.static_range(COPIES):
             tl.store(input_ptr + copy * images.to(tl.int64) * per_image + at, following, mask=mask)
 
@@ -335,14 +361,16 @@ def solver_step(
     seeds: torch.Tensor | None = None,
     draw: int = 0,
     copies: int = 1,
+    channels: int = 1,
 ) -> None:
     """Launches one row, in place on ``registers`` and ``model_input``.
 
     registers: tensors [images, ...] of one shape, dtype (float32, float64) and memory order.
-    output, uncond: like a register, in the model's dtype. model_input: [copies*images, ...] or None.
+    output, uncond: like a register, in the model's dtype. model_input: None, or
+    [copies*images, ...].
     coef: the packed row in the registers' dtype on their device. noise: like a register, or None.
-    seeds: int64 [images]; drawn from Philox when ``noise`` is None, in memory order (contiguous
-    registers only).
+    seeds: int64 [images]; drawn from Philox when ``noise`` is None. channels: 1 for contiguous
+    registers, C for channels-last ones (the noise is numbered in contiguous order).
 
     Raises ValueError when a row that uses noise gets neither noise nor seeds.
     """
@@ -367,8 +395,10 @@ def solver_step(
         draw,
         per_image,
         images,
+        channels,
         **options,
         PHILOX=int(philox),
+        CHANNELS_LAST=int(philox and channels > 1),
         GUIDED=int(uncond is not None),
         COPIES=copies,
         BLOCK=policy.block,
@@ -388,28 +418,33 @@ _AOT_ROWS = {
 }
 
 
+_AOT_TYPES = (("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("fp64", "fp64"))
+_AOT_INTEGERS = ("draw", "per_image", "images", "channels")
+
+
 def aot_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any], str]]:
-    """Every kind of launch to compile ahead of time: (kernel, signature, constexprs, options, label)."""
-    pairs = (("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("fp64", "fp64"))
+    """Launches to compile ahead of time: (kernel, signature, constexprs, options, label)."""
     for name, structure in _AOT_ROWS.items():
-        for state, model in pairs:
-            for guided in (0, 1):
-                size = 8 if state == "fp64" else 4
-                policies = {LaunchPolicy.select(n, size) for n in (16 * 1024, 1 << 24)}
-                for policy in sorted(policies, key=lambda p: p.block):
-                    constexprs = {
-                        **structure.constexprs(True),
-                        "PHILOX": int(structure.uses_noise),
-                        "GUIDED": guided,
-                        "COPIES": 1 + guided,
-                        "BLOCK": policy.block,
-                    }
-                    signature = {f"r{r}_ptr": f"*{state}" for r in range(MAX_REGISTERS)}
-                    signature |= {
-                        "output_ptr": f"*{model}", "uncond_ptr": f"*{model}",
-                        "input_ptr": f"*{model}", "noise_ptr": f"*{state}", "seeds_ptr": "*i64",
-                        "coef_ptr": f"*{state}", "draw": "i32", "per_image": "i32", "images": "i32",
-                    }  # fmt: skip
-                    options = {"num_warps": policy.num_warps, "enable_fp_fusion": False}
-                    label = f"{name} {state}/{model} guided={guided} BLOCK={policy.block}"
-                    yield solver_step_kernel, signature, constexprs, options, label
+        for state, model in _AOT_TYPES:
+            for guided, last in ((0, 0), (1, 0), (1, 1)):
+                if last and not structure.uses_noise:
+                    continue
+                # The larger block: more registers a thread.
+                policy = LaunchPolicy.select(1 << 24, 8 if state == "fp64" else 4)
+                constexprs = {
+                    **structure.constexprs(True),
+                    "PHILOX": int(structure.uses_noise),
+                    "CHANNELS_LAST": last,
+                    "GUIDED": guided,
+                    "COPIES": 1 + guided,
+                    "BLOCK": policy.block,
+                }
+                types = {"seeds_ptr": "*i64", **dict.fromkeys(_AOT_INTEGERS, "i32")}
+                types |= dict.fromkeys(("output_ptr", "uncond_ptr", "input_ptr"), f"*{model}")
+                types |= dict.fromkeys(constexprs, "constexpr")
+                names = solver_step_kernel.arg_names
+                signature = {argument: types.get(argument, f"*{state}") for argument in names}
+                options = {"num_warps": policy.num_warps, "enable_fp_fusion": False}
+                kind = f"{'guided ' * guided}{'channels last ' * last}"
+                label = f"{name} {state}/{model} {kind}BLOCK={policy.block}"
+                yield solver_step_kernel, signature, constexprs, options, label

@@ -130,11 +130,25 @@ void normals(float* out, uint64_t seed, uint32_t draw, int64_t begin, int64_t n)
   for (int64_t i = 0; i < n; ++i) out[i] = z[i & 3][i >> 2];
 }
 
-template <class T>
-struct Term {
-  const T* source;
-  T coef;
-};
+// The same in channels-last memory: memory element m is number (m % channels)*spatial + m / channels.
+// Each channel's run of pixels is drawn whole and scattered.
+void normals_channels_last(float* out, uint64_t seed, uint32_t draw, int64_t begin, int64_t n,
+                           int64_t channels, int64_t spatial) {
+  const int64_t first = begin / channels, last = (begin + n - 1) / channels;  // pixels, inclusive
+  float run[kBlock];
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t pixel = first; pixel <= last;) {
+      const int64_t element = c * spatial + pixel, skip = element & 3;
+      const int64_t wanted = last - pixel + 1, room = kBlock - skip;
+      const int64_t count = wanted < room ? wanted : room;
+      normals(run, seed, draw, element - skip, skip + count);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = (pixel + i) * channels + c - begin;
+        if (at >= 0 && at < n) out[at] = run[skip + i];
+      }
+      pixel += count;
+    }
+}
 
 // Whether any update after `k` reads register `dest`, whose old value must then outlive update k.
 bool read_later(const StepTask& task, int k, int dest) {
@@ -163,7 +177,11 @@ void block(const StepTask& task, int64_t image, int64_t offset, int64_t n) {
     noise = static_cast<const T*>(task.noise) + at;
   } else if (uses_noise) {
     float z[kBlock];
-    normals(z, task.seeds[image], task.draw, offset, n);
+    if (task.channels > 1)
+      normals_channels_last(z, task.seeds[image], task.draw, offset, n, task.channels,
+                            task.per_image / task.channels);
+    else
+      normals(z, task.seeds[image], task.draw, offset, n);
     for (int64_t i = 0; i < n; ++i) drawn[i] = T(z[i]);
   }
 

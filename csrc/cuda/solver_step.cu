@@ -13,6 +13,10 @@ namespace fastdiff {
 namespace {
 
 constexpr int kThreads = 256;
+// Blocks per multiprocessor asked of ptxas; 0: its own choice, which with eight registers held is one
+// block more than fits without spilling. Two leave it 128 registers a thread.
+template <int R>
+constexpr int kBlocks = R == 8 ? 2 : 0;
 
 template <class T>
 struct alignas(sizeof(T) * 4) Four {
@@ -114,6 +118,20 @@ __device__ __forceinline__ void normal4(float (&z)[4], uint64_t seed, uint32_t d
   }
 }
 
+// The noise of four neighbours in channels-last memory; see StepTask::channels.
+__device__ __forceinline__ void normal4_channels_last(float (&z)[4], uint64_t seed, uint32_t draw,
+                                                      int64_t offset, int64_t channels,
+                                                      int64_t spatial) {
+  int64_t pixel = offset / channels, channel = offset - pixel * channels;
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {
+    const float normal = normal_at(seed, draw, uint64_t(channel * spatial + pixel));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) z[j] = select(j == k, normal, z[j]);
+    if (++channel == channels) channel = 0, ++pixel;
+  }
+}
+
 struct Pointers {
   void* registers[kMaxRegisters];
   const void* output;
@@ -122,13 +140,14 @@ struct Pointers {
   const void* noise;
   const uint64_t* seeds;
   int copies;
-  int64_t images, per_image;
+  int64_t images, per_image, channels;
   bool vector;
 };
 
 // T: registers. M: model input and output. R: registers the table has, rounded up to 1, 2, 4 or 8
-// (array indices must be compile-time constants to stay out of local memory).
-template <class T, class M, int R>
+// (array indices must be compile-time constants to stay out of local memory). LAST: channels-last
+// memory, whose noise takes one Philox counter an element and twice the registers of a thread.
+template <class T, class M, int R, bool LAST>
 __device__ __forceinline__ void step_four(const Pointers& p, const DeviceRow& row, int registers,
                                           int64_t image, int64_t group) {
   const int64_t offset = group * 4;
@@ -170,8 +189,12 @@ __device__ __forceinline__ void step_four(const Pointers& p, const DeviceRow& ro
   if (uses_noise && p.noise) {
     read4(noise, static_cast<const T*>(p.noise) + at, p.vector, count);
   } else if (uses_noise) {
-    float z[4];
-    normal4(z, p.seeds[image], row.draw, uint64_t(group));
+    float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (LAST)
+      normal4_channels_last(z, p.seeds[image], row.draw, offset, p.channels,
+                            p.per_image / p.channels);
+    else
+      normal4(z, p.seeds[image], row.draw, uint64_t(group));
 #pragma unroll
     for (int k = 0; k < 4; ++k) noise[k] = T(z[k]);
   }
@@ -205,24 +228,24 @@ __device__ __forceinline__ void step_four(const Pointers& p, const DeviceRow& ro
   }
 }
 
-template <class T, class M, int R>
+template <class T, class M, int R, bool LAST>
 __device__ __forceinline__ void step_all(const Pointers& p, const DeviceRow& row, int registers) {
   const int64_t groups = (p.per_image + 3) / 4;
   for (int64_t image = blockIdx.y; image < p.images; image += gridDim.y)
     for (int64_t group = int64_t(blockIdx.x) * kThreads + threadIdx.x; group < groups;
          group += int64_t(gridDim.x) * kThreads)
-      step_four<T, M, R>(p, row, registers, image, group);
+      step_four<T, M, R, LAST>(p, row, registers, image, group);
 }
 
-template <class T, class M, int R>
-__global__ void __launch_bounds__(kThreads)
+template <class T, class M, int R, bool LAST>
+__global__ void __launch_bounds__(kThreads, kBlocks<R>)
     solver_step_kernel(const __grid_constant__ Pointers p, const __grid_constant__ DeviceRow row,
                        int registers) {
-  step_all<T, M, R>(p, row, registers);
+  step_all<T, M, R, LAST>(p, row, registers);
 }
 
-template <class T, class M, int R>
-__global__ void __launch_bounds__(kThreads)
+template <class T, class M, int R, bool LAST>
+__global__ void __launch_bounds__(kThreads, kBlocks<R>)
     solver_step_indexed_kernel(const __grid_constant__ Pointers p, const DeviceRow* rows,
                                int num_rows, DeviceStep* counter, int registers) {
   __shared__ DeviceRow row;
@@ -231,7 +254,7 @@ __global__ void __launch_bounds__(kThreads)
   auto* target = reinterpret_cast<uint32_t*>(&row);
   for (int i = threadIdx.x; i < int(sizeof(DeviceRow) / 4); i += kThreads) target[i] = source[i];
   __syncthreads();
-  step_all<T, M, R>(p, row, registers);
+  step_all<T, M, R, LAST>(p, row, registers);
   if (threadIdx.x == 0) {
     // Every block has read `step` before it adds itself here, so the last one may advance it.
     __threadfence();
@@ -285,6 +308,7 @@ Pointers pointers_of(const StepTask& task) {
   p.copies = task.copies;
   p.images = task.images;
   p.per_image = task.per_image;
+  p.channels = task.channels;
   return p;
 }
 
@@ -296,24 +320,27 @@ struct Source {
   DeviceRow row{};  // host, when rows is null
 };
 
-template <class T, class M, int R>
+template <class T, class M, int R, bool LAST>
 int launch_r(const StepTask& task, const Source& source, cudaStream_t stream) {
   const dim3 grid = grid_of(task.images, task.per_image);
   const Pointers p = pointers_of(task);
   if (source.rows)
-    solver_step_indexed_kernel<T, M, R><<<grid, kThreads, 0, stream>>>(
+    solver_step_indexed_kernel<T, M, R, LAST><<<grid, kThreads, 0, stream>>>(
         p, source.rows, source.num_rows, source.counter, task.num_registers);
   else
-    solver_step_kernel<T, M, R><<<grid, kThreads, 0, stream>>>(p, source.row, task.num_registers);
+    solver_step_kernel<T, M, R, LAST><<<grid, kThreads, 0, stream>>>(p, source.row, task.num_registers);
   return int(cudaGetLastError());
 }
 
 template <class T, class M>
 int launch_t(const StepTask& task, const Source& source, cudaStream_t stream) {
-  if (task.num_registers <= 1) return launch_r<T, M, 1>(task, source, stream);
-  if (task.num_registers <= 2) return launch_r<T, M, 2>(task, source, stream);
-  if (task.num_registers <= 4) return launch_r<T, M, 4>(task, source, stream);
-  return launch_r<T, M, 8>(task, source, stream);
+  // The order of memory matters to drawn noise alone.
+  if (task.channels > 1 && task.seeds && !task.noise)
+    return launch_r<T, M, 8, true>(task, source, stream);
+  if (task.num_registers <= 1) return launch_r<T, M, 1, false>(task, source, stream);
+  if (task.num_registers <= 2) return launch_r<T, M, 2, false>(task, source, stream);
+  if (task.num_registers <= 4) return launch_r<T, M, 4, false>(task, source, stream);
+  return launch_r<T, M, 8, false>(task, source, stream);
 }
 
 int launch(const StepTask& task, const Source& source, void* stream_handle) {
