@@ -2,11 +2,12 @@
 
 1. Every csrc/cuda/*.cu compiles with nvcc for every target, without register spills and without
    stack frames (ptxas's own report).
-2. No object of csrc/cpu/ compiled for AVX2 or AVX-512 exports a symbol outside its own namespace: the
-   linker could pick that copy for every CPU, and an older one would stop at an illegal instruction.
+2. No object of csrc/cpu/ compiled for AVX2 or AVX-512 exports a symbol outside its own namespace:
+   the linker could pick that copy for every CPU, and an older one would stop at an illegal
+   instruction.
 
-Needs nvcc ($CUDA_HOME/bin/nvcc or on PATH), a C++ compiler and nm. Exit code 1 on a violation, 2 when
-a tool is missing.
+Needs nvcc ($CUDA_HOME/bin/nvcc or on PATH), a C++ compiler and nm. Exit code 1 on a violation, 2
+when a tool is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def load_build() -> ModuleType:
     """setup.py as a module (its flags and finders), without running setup()."""
     spec = importlib.util.spec_from_file_location("fastdiff_build", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None  # noqa: S101
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with mock.patch("setuptools.setup"):
         spec.loader.exec_module(module)
@@ -54,9 +56,8 @@ def cuda_report(nvcc: Path, source: Path, arch: int, folder: Path) -> tuple[list
         return [], [f"{label}: ptxas reported no kernel"]
     bad = [row for row in stats if any(int(value) for value in row[:3])]
     registers = sorted(int(row[3]) for row in stats)
-    rows = [
-        f"{label:32} {len(stats):3} kernels, {registers[0]}-{registers[-1]} registers, {len(bad)} spill"
-    ]
+    spread = f"{registers[0]}-{registers[-1]} registers"
+    rows = [f"{label:32} {len(stats):3} kernels, {spread}, {len(bad)} spill"]
     return rows, [f"{label}: stack, spill stores, spill loads, registers = {row}" for row in bad]
 
 

@@ -57,7 +57,8 @@ def require_ext() -> ModuleType:
     module, reason = _load()
     if module is None:
         raise RuntimeError(
-            f"{reason}. Remedy: install a C++17 compiler and run `pip install --force-reinstall fastdiff` "
+            f"{reason}. Remedy: install a C++17 compiler and run "
+            "`pip install --force-reinstall fastdiff` "
             "(FASTDIFF_EXT=cpu or cuda makes a failing build an error)"
         )
     return module

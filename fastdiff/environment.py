@@ -153,7 +153,8 @@ def _extension() -> Finding:
             "C++ extension",
             "missing",
             f"{detail}; no CUDA kernels: {reason}",
-            "set CUDA_HOME to the toolkit's folder and reinstall fastdiff; Triton kernels serve meanwhile",
+            "set CUDA_HOME to the toolkit's folder and reinstall fastdiff; "
+            "Triton kernels serve meanwhile",
         )
     return Finding("C++ extension", "ok", detail)
 
@@ -232,7 +233,7 @@ def add_doctor_command(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="versions, GPU, which kernels are usable, and what to do about each that is not",
-        description="Checks the installation and runs every operator once. Exit code 1 when something "
-        "is broken; a part that is merely absent (no GPU, no compiler) does not count as broken.",
+        description="Checks the installation and runs every operator once. Exit code 1 when "
+        "something is broken; a part that is merely absent (no GPU, no compiler) is not.",
     )
     parser.set_defaults(run=run_doctor)

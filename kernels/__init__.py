@@ -6,6 +6,6 @@ this folder must never answer to that name, which it would when Python runs in t
 
 if __name__ != "fastdiff.kernels":
     raise ImportError(
-        f"this package must be imported as fastdiff.kernels, got {__name__!r}: the repository root is "
-        "on sys.path; set PYTHONSAFEPATH=1 or run from another directory"
+        f"this package must be imported as fastdiff.kernels, got {__name__!r}: the repository "
+        "root is on sys.path; set PYTHONSAFEPATH=1 or run from another directory"
     )

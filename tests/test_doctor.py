@@ -31,7 +31,7 @@ def test_missing_extension_says_why_and_what_to_do(monkeypatch):
     assert finding.status == "missing"
     assert "no C++ compiler found" in finding.detail
     assert "install a C++17 compiler" in finding.remedy
-    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found.*Remedy"):
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler found.*Remedy"):
         _ext.require_ext()
 
 

@@ -33,20 +33,9 @@ def build_wheel(folder: Path, **environment: str) -> tuple[zipfile.ZipFile, str]
     ):
         shutil.copy2(ROOT / name, source / name)
     env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CXX", "FASTDIFF_EXT")}
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "pip",
-                "wheel",
-                "-v",
-                "--no-deps",
-                "--no-build-isolation",
-                "--no-index",
-            )
-        ]
-        + ["-w", str(folder / "dist"), str(source)],
+        [*command, "--no-index", "-w", str(folder / "dist"), str(source)],
         capture_output=True,
         text=True,
         env={**env, **environment},
