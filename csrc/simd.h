@@ -52,13 +52,24 @@ FASTDIFF_INLINE vfloat scale_by_power(vfloat v, vfloat n) { return _mm512_scalef
 FASTDIFF_INLINE vfloat widen_bf16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-FASTDIFF_INLINE __m256i narrow_bf16(vfloat v) {
+// The upper halves are the rounded results. NaN is left alone: what arithmetic returns is quiet, so
+// its upper half is NaN as well.
+FASTDIFF_INLINE __m512i round_bf16(vfloat v) {
   const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(
-      _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half =
+      _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+  return _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, half);
+}
+FASTDIFF_INLINE __m256i narrow_bf16(vfloat v) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v), 16));
+}
+FASTDIFF_INLINE __m512i narrow_bf16(vfloat first, vfloat second) {
+  alignas(64) static constexpr uint16_t kUpper[32] = {
+      1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(round_bf16(first), _mm512_load_si512(kUpper),
+                                   round_bf16(second));
 }
 FASTDIFF_INLINE __m256i narrow_f16(vfloat v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -278,61 +289,84 @@ FASTDIFF_INLINE float sum_lanes(vfloat v) {
   return lane[0];
 }
 
-// exp(-x) to about 1 ulp; 0 or inf (a number beyond 1e38 without AVX-512) at the ends.
-// x = -(n ln 2 + r) with |r| <= ln 2 / 2; the polynomial is the minimax one of degree 6 in r, whose
-// relative error is 3e-9. ln 2 is split so that n * ln2_high is exact.
-FASTDIFF_INLINE vfloat exp_negative(vfloat x) {
+// What follows works on several vectors at a time, step by step: one vector after the other, the
+// latencies would fill the processor's scheduler before it saw independent work.
+constexpr int kBlock = kLanes == 16 ? 4 : 2;
+
+// power = exp(-x) to about 1 ulp; at the ends 0 or inf (a number beyond 1e38 without AVX-512).
+// x = r - n ln 2 with |r| <= ln 2 / 2; the polynomial is the minimax one of degree 6 for exp(-r), whose
+// relative error is 3e-9. ln 2 is split so that n times its upper part is exact.
+template <int N>
+FASTDIFF_INLINE void exp_negative(const vfloat (&x)[N], vfloat (&power)[N]) {
 #if defined(__AVX512F__)
-  x = maximum(splat(-104.0f), minimum(splat(104.0f), x));
+  const float low = -104.0f, high = 104.0f;
 #else
-  x = maximum(splat(-88.37f), minimum(splat(87.33f), x));
+  const float low = -88.37f, high = 87.33f;
 #endif
-  const vfloat n = round_even(x * splat(-0x1.715476p+0f));
-  vfloat r = fma(n, splat(-0x1.62e400p-1f), splat(0.0f) - x);
-  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
-  vfloat p = splat(0x1.6a244cp-10f);
-  p = fma(p, r, splat(0x1.1239d4p-7f));
-  p = fma(p, r, splat(0x1.5558f2p-5f));
-  p = fma(p, r, splat(0x1.555492p-3f));
-  p = fma(p, r, splat(0x1.fffffcp-2f));
-  p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
-  return scale_by_power(p, n);
+  const float coefficients[] = {-0x1.1239d4p-7f, 0x1.5558f2p-5f, -0x1.555492p-3f,
+                                0x1.fffffcp-2f,  -1.0f,          1.0f};
+  vfloat n[N], r[N];
+  for (int i = 0; i < N; ++i) r[i] = maximum(splat(low), minimum(splat(high), x[i]));
+  for (int i = 0; i < N; ++i) n[i] = round_even(r[i] * splat(-0x1.715476p+0f));
+  for (int i = 0; i < N; ++i) r[i] = fma(n[i], splat(0x1.62e400p-1f), r[i]);
+  for (int i = 0; i < N; ++i) r[i] = fma(n[i], splat(0x1.7f7d1cp-20f), r[i]);
+  for (int i = 0; i < N; ++i) power[i] = splat(0x1.6a244cp-10f);
+  for (const float c : coefficients)
+    for (int i = 0; i < N; ++i) power[i] = fma(power[i], r[i], splat(c));
+  for (int i = 0; i < N; ++i) power[i] = scale_by_power(power[i], n[i]);
 }
 
 // exp(-x) for results that are rounded to 16 bits: relative error below 4e-6 for |x| < 20 (the
 // minimax polynomial of degree 4 for 2^r, |r| <= 1/2).
-FASTDIFF_INLINE vfloat exp_negative_short(vfloat x) {
+template <int N>
+FASTDIFF_INLINE void exp_negative_short(const vfloat (&x)[N], vfloat (&power)[N]) {
+  const float coefficients[] = {0x1.c9fc46p-5f, 0x1.ec0378p-3f, 0x1.62e12cp-1f, 1.0f};
+  vfloat n[N], r[N];
 #if defined(__AVX512F__)
-  const vfloat z = x * splat(-0x1.715476p+0f);
-  const vfloat n = round_even(z);
-  const vfloat r = _mm512_reduce_ps(z, 0x08);  // z - n, and 0 for infinite z
+  for (int i = 0; i < N; ++i) r[i] = x[i] * splat(-0x1.715476p+0f);
+  for (int i = 0; i < N; ++i) n[i] = round_even(r[i]);
+  for (int i = 0; i < N; ++i) r[i] = _mm512_reduce_ps(r[i], 0x08);  // r - n, 0 for infinite r
 #else
-  x = maximum(splat(-88.37f), minimum(splat(87.33f), x));
-  const vfloat z = x * splat(-0x1.715476p+0f);
-  const vfloat n = round_even(z);
-  const vfloat r = z - n;
+  for (int i = 0; i < N; ++i) r[i] = maximum(splat(-88.37f), minimum(splat(87.33f), x[i]));
+  for (int i = 0; i < N; ++i) r[i] = r[i] * splat(-0x1.715476p+0f);
+  for (int i = 0; i < N; ++i) n[i] = round_even(r[i]);
+  for (int i = 0; i < N; ++i) r[i] = r[i] - n[i];
 #endif
-  vfloat p = splat(0x1.3a02ccp-7f);
-  p = fma(p, r, splat(0x1.c9fc46p-5f));
-  p = fma(p, r, splat(0x1.ec0378p-3f));
-  p = fma(p, r, splat(0x1.62e12cp-1f));
-  p = fma(p, r, splat(1.0f));
-  return scale_by_power(p, n);
+  for (int i = 0; i < N; ++i) power[i] = splat(0x1.3a02ccp-7f);
+  for (const float c : coefficients)
+    for (int i = 0; i < N; ++i) power[i] = fma(power[i], r[i], splat(c));
+  for (int i = 0; i < N; ++i) power[i] = scale_by_power(power[i], n[i]);
 }
 
-// SiLU, x / (1 + exp(-x)), for a result of type T.
-template <class T>
-FASTDIFF_INLINE vfloat silu(vfloat x) {
-#if defined(__AVX512F__)
-  const vfloat numerator = x;
-#else
+// x becomes SiLU(x) = x / (1 + exp(-x)), accurate enough for a result of type T.
+template <class T, int N>
+FASTDIFF_INLINE void silu(vfloat (&x)[N]) {
+  vfloat power[N];
+  if (sizeof(T) == 2)
+    exp_negative_short(x, power);
+  else
+    exp_negative(x, power);
+  for (int i = 0; i < N; ++i) power[i] = power[i] + splat(1.0f);
+#if !defined(__AVX512F__)
   // The exponential stops growing at 2^127 here, so the numerator has to, too.
-  const vfloat numerator = maximum(splat(-88.37f), x);
+  for (int i = 0; i < N; ++i) x[i] = maximum(splat(-88.37f), x[i]);
 #endif
-  const vfloat power = sizeof(T) == 2 ? exp_negative_short(x) : exp_negative(x);
-  return numerator / (splat(1.0f) + power);
+  for (int i = 0; i < N; ++i) x[i] = x[i] / power[i];
 }
+
+// Consecutive vectors.
+template <int N, class T>
+FASTDIFF_INLINE void store_block(T* p, const vfloat (&v)[N]) {
+  for (int i = 0; i < N; ++i) store(p + i * kLanes, v[i]);
+}
+#if defined(__AVX512F__)
+template <int N>
+FASTDIFF_INLINE void store_block(bf16_t* p, const vfloat (&v)[N]) {
+  int i = 0;
+  for (; i + 2 <= N; i += 2) _mm512_storeu_si512(p + i * kLanes, narrow_bf16(v[i], v[i + 1]));
+  if (i < N) store(p + i * kLanes, v[i]);
+}
+#endif
 
 }  // namespace FASTDIFF_ISA
 }  // namespace fastdiff

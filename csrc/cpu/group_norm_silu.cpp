@@ -197,9 +197,9 @@ struct PairSums {
   }
 };
 
-template <class T, bool kSilu>
-FASTDIFF_INLINE vfloat activate(vfloat y) {
-  return kSilu ? silu<T>(y) : y;
+template <class T, bool kSilu, int N>
+FASTDIFF_INLINE void activate(vfloat (&y)[N]) {
+  if (kSilu) silu<T>(y);
 }
 
 // --- NCHW: a group is one run of memory, a channel one run of hw elements -------------------------
@@ -268,14 +268,20 @@ void run_apply(const T* x, T* out, int64_t begin, int64_t end, int64_t hw, Affin
     const int64_t channel = at / hw, stop = smaller(end, (channel + 1) * hw);
     const vfloat centre = splat(affine.centre[channel]), slope = splat(affine.slope[channel]),
                  offset = splat(affine.offset[channel]);
-    for (; at + kLanes <= stop; at += kLanes)
-      store(out + at, activate<T, kSilu>(fma(load(x + at) - centre, slope, offset)));
-    if (at < stop) {
-      const int rest = int(stop - at);
-      const vfloat y = fma(load_first(x + at, rest) - centre, slope, offset);
-      store_first(out + at, activate<T, kSilu>(y), rest);
-      at = stop;
+    for (; at + kBlock * kLanes <= stop; at += kBlock * kLanes) {
+      vfloat y[kBlock];
+      for (int i = 0; i < kBlock; ++i)
+        y[i] = fma(load(x + at + i * kLanes) - centre, slope, offset);
+      activate<T, kSilu>(y);
+      store_block(out + at, y);
     }
+    for (; at < stop; at += kLanes) {
+      const int n = int(smaller(kLanes, stop - at));
+      vfloat y[1] = {fma(load_first(x + at, n) - centre, slope, offset)};
+      activate<T, kSilu>(y);
+      store_first(out + at, y[0], n);
+    }
+    at = stop;
   }
 }
 
@@ -465,17 +471,22 @@ template <class T, bool kSilu>
 void column_apply(const T* x, T* out, int64_t pixels, int64_t stride, int64_t channels, Affine affine) {
   for (int64_t p = 0; p < pixels; ++p, x += stride, out += stride) {
     int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      const vfloat y = fma(load(x + c) - load(affine.centre + c), load(affine.slope + c),
-                           load(affine.offset + c));
-      store(out + c, activate<T, kSilu>(y));
+    for (; c + kBlock * kLanes <= channels; c += kBlock * kLanes) {
+      vfloat y[kBlock];
+      for (int i = 0; i < kBlock; ++i) {
+        const int64_t at = c + i * kLanes;
+        y[i] = fma(load(x + at) - load(affine.centre + at), load(affine.slope + at),
+                   load(affine.offset + at));
+      }
+      activate<T, kSilu>(y);
+      store_block(out + c, y);
     }
-    if (c < channels) {
-      const int rest = int(channels - c);
-      const vfloat y =
-          fma(load_first(x + c, rest) - load_first(affine.centre + c, rest),
-              load_first(affine.slope + c, rest), load_first(affine.offset + c, rest));
-      store_first(out + c, activate<T, kSilu>(y), rest);
+    for (; c < channels; c += kLanes) {
+      const int n = int(smaller(kLanes, channels - c));
+      vfloat y[1] = {fma(load_first(x + c, n) - load_first(affine.centre + c, n),
+                         load_first(affine.slope + c, n), load_first(affine.offset + c, n))};
+      activate<T, kSilu>(y);
+      store_first(out + c, y[0], n);
     }
   }
 }
