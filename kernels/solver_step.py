@@ -54,7 +54,7 @@ class LaunchPolicy:
 
 @dataclass(frozen=True)
 class RowStructure:
-    """What is known of a row at compile time. Masks: bit r is register r, then prediction, noise."""
+    """What is known of a row at compile time. Masks: bit r is register r, prediction, noise."""
 
     num_registers: int
     feed: int

@@ -23,7 +23,7 @@ GATE_STEPS = 20
 SHAPE = (1, 4, 64, 64)
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 # solver, its options, diffusers' class and configuration, the least ratio asked for.
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any], float]] = {
     "dpmpp_2m": ({}, "DPMSolverMultistepScheduler", {}, 15.0),
     "ddim": ({}, "DDIMScheduler", {"clip_sample": False}, 3.0),
     "ddpm": ({}, "DDPMScheduler", {"clip_sample": False}, 1.0),  # torch.randn is most of it

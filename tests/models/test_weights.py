@@ -77,9 +77,7 @@ def test_public_checkpoint_is_recognised_from_its_shapes(tmp_path: Path) -> None
     save_file(DiT(config).state_dict(), path)
     model = load(path)
     assert model.config == config
-    expected = Sampling(
-        schedule="linear", shape=(4, 32, 32), num_classes=1000, guidance_scale=4.0
-    )
+    expected = Sampling(schedule="linear", shape=(4, 32, 32), num_classes=1000, guidance_scale=4.0)
     assert model.sampling == expected
 
 
