@@ -7,6 +7,7 @@ configuration spills registers to memory or does not compile. Needs Triton with 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -65,12 +66,14 @@ def compile_config(config: AotConfig, arch: int) -> Outcome:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    # As at run time: PyTorch's allocations are 16-byte aligned.
+    # As at run time: PyTorch's allocations are 16-byte aligned, and Triton specialises on integers
+    # that are multiples of 16.
     names = list(config.signature)
     attrs = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if config.signature[name].startswith("*") or name in ("C", "HW")
+        if config.signature[name].startswith("*")
+        or (config.signature[name] == "i32" and name in config.multiples_of_16)
     }
     constants = {(names.index(name),): value for name, value in config.constexprs.items()}
     try:
@@ -89,7 +92,7 @@ def all_configs() -> list[AotConfig]:
     from fastdiff.ops import OPS
 
     return [
-        AotConfig(c.kernel, c.signature, c.constexprs, c.options, f"{op.name} {c.label}")
+        dataclasses.replace(c, label=f"{op.name} {c.label}")
         for op in OPS
         if op.aot is not None
         for c in op.aot()

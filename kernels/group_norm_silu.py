@@ -8,14 +8,16 @@ Group normalisation: Wu and He, 2018, https://arxiv.org/abs/1803.08494.
 
 Two ways, chosen by `select`:
 - "group": a program holds a whole group in registers. x is read once, out written once.
-- "split": statistics in parts (mean and sum of squared distances from it), combined by Chan's rule,
-  then a second pass. x is read twice, the second time from L2 where it fits.
+- "split": statistics per channel and run of pixels (mean and sum of squared distances from it),
+  combined by Chan's rule, then a second pass over x. `add` only moves a channel's mean, so the
+  statistics do not read it. The second pass goes through x backwards: it starts with what the
+  first has just left in L2. What L2 does not hold is read twice from memory.
 
 The variance is centred everywhere, never E[x^2] - E[x]^2: after a convolution with a large bias
 that has no digits left. Offsets of images and rows are widened to int64 before they are multiplied;
 offsets inside a tile are bounded by the tile and stay int32.
 
-Limits: a row of N * C or an image's pixels below 2^31.
+Limits: channels, an image's pixels, and the rows N * C below 2^31.
 """
 
 from __future__ import annotations
@@ -35,44 +37,43 @@ import triton.language as tl
 class Launch:
     """How one shape is launched.
 
-    kind: "group" or "split". block_c, block_hw: the tile of the statistics and of the "group"
-    kernel (flat [1, block_hw] for a split channels-first group). splits parts per group (channels
-    last: per image) of `span` elements (channels last: pixels) each.
+    kind: "group" or "split". block_c, block_hw: the tile of a program; block_c is 1 for a split
+    group with channels first. align: 4 where that divides the channels per group and loads are
+    wider for knowing it, else 1. splits: parts of `span` pixels each.
     """
 
     kind: str
     block_c: int
     block_hw: int
     num_warps: int
+    align: int = 1
     splits: int = 1
     span: int = 0
 
 
 # 16384 fp32 elements in 16 warps are 32 registers per thread: the largest tile that leaves room for
-# the affine vectors at full occupancy.
+# the affine vectors without spilling (`python -m fastdiff.aot`).
 MAX_TILE = 16384
 MIN_TILE = 1024
 MAX_BLOCK_C = 128
-# Enough programs for a few waves on the largest GPU (148 SMs); more parts only cost to combine.
-TARGET_PROGRAMS = 1024
-MAX_SPLITS = 64
-STATS_BLOCK = 2048  # elements per iteration, 16 per thread
-APPLY_BLOCK = 2048
+ALIGN = 4  # loads of 8 bytes of bf16, 16 of fp32
+VECTOR = 16  # Triton loads 16 bytes at once where strides are known to be multiples of 16
+# Two waves of 4-warp programs, eight per SM, on the largest GPU (148 SMs); more parts only cost to
+# combine.
+TARGET_PROGRAMS = 2048
+MAX_BLOCK_HW = 4096  # 32 elements per thread: 64 bytes of bf16 in flight
+MIN_BLOCK_HW = 512
+MAX_PARTS = 1024  # per group, channels first: every program of the second pass combines them
+LAST_MAX_SPLITS = 512
 LAST_BLOCK_C = 64  # 128 bytes of bf16: whole cache lines
 LAST_BLOCK_HW = 32
-FINALIZE_CHUNK = 16
+APPLY_PARTS = 128  # combined per iteration
+FINALIZE_PARTS = 1024
+FLAGS = ("HAS_ADD", "HAS_WEIGHT", "HAS_BIAS", "HAS_SCALE", "HAS_SHIFT")
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _tile_warps(tile: int) -> int:
-    return min(16, max(4, tile // 1024))
+def _warps(elements: int, least: int) -> int:
+    return min(16, max(least, elements // 1024))
 
 
 def select(
@@ -81,25 +82,27 @@ def select(
     """The launch for a shape. Pure: needs no GPU. arch is 80, 90, ...
 
     dtype and arch do not change the choice: tiles are bounded by fp32 registers, whose number per
-    SM is the same from sm_80 on.
+    SM is the same from sm_80 on. An odd number of pixels, channels first, takes an address for
+    every element instead of every 16 bytes: half the elements per thread, or registers spill.
     """
     width = C // groups
-    block_c = max(4, _power_of_2(width))
-    tile = max(MIN_TILE, block_c * _power_of_2(HW))
-    if block_c <= MAX_BLOCK_C and tile <= MAX_TILE:
-        return Launch("group", block_c, tile // block_c, _tile_warps(tile))
+    odd = 1 if channels_last or HW % VECTOR == 0 else 2
+    block_c = max(4, triton.next_power_of_2(width))
+    tile = max(MIN_TILE, block_c * triton.next_power_of_2(HW))
+    if block_c <= MAX_BLOCK_C and tile * odd <= MAX_TILE:
+        align = ALIGN if channels_last and width % ALIGN == 0 else 1
+        return Launch("group", block_c, tile // block_c, _warps(tile * odd, 4), align)
     if channels_last:
-        blocks = N * _ceil_div(C, LAST_BLOCK_C)
-        splits = min(
-            MAX_SPLITS, _ceil_div(TARGET_PROGRAMS, max(1, blocks)), _ceil_div(HW, LAST_BLOCK_HW)
-        )
-        span = _ceil_div(_ceil_div(HW, splits), LAST_BLOCK_HW) * LAST_BLOCK_HW
-        return Launch("split", LAST_BLOCK_C, LAST_BLOCK_HW, 4, _ceil_div(HW, span), span)
-    length = width * HW
-    programs = max(1, N * groups)
-    splits = min(MAX_SPLITS, _ceil_div(TARGET_PROGRAMS, programs), _ceil_div(length, STATS_BLOCK))
-    span = _ceil_div(_ceil_div(length, splits), STATS_BLOCK) * STATS_BLOCK
-    return Launch("split", 1, STATS_BLOCK, 4, _ceil_div(length, span), span)
+        rows, most = N * triton.cdiv(C, LAST_BLOCK_C), LAST_MAX_SPLITS
+        block_c, block_hw, warps = LAST_BLOCK_C, LAST_BLOCK_HW, 4
+    else:
+        rows, most = N * C, max(1, MAX_PARTS // width)
+        block_c = 1
+        block_hw = min(MAX_BLOCK_HW // odd, max(MIN_BLOCK_HW, triton.next_power_of_2(HW)))
+        warps = _warps(block_hw * odd, 1)
+    splits = min(most, triton.cdiv(TARGET_PROGRAMS, max(1, rows)), triton.cdiv(HW, block_hw))
+    span = triton.cdiv(triton.cdiv(HW, splits), block_hw) * block_hw
+    return Launch("split", block_c, block_hw, warps, 1, triton.cdiv(HW, span), span)
 
 
 # --- device helpers -------------------------------------------------------------------------------
@@ -113,12 +116,6 @@ def _load_row(pointer, offsets, mask, PRESENT: tl.constexpr, other: tl.constexpr
     else:
         value = tl.full(offsets.shape, other, tl.float32)
     return value
-
-
-@triton.jit
-def _wide(size):
-    """int64; Triton makes an argument that equals 1 a constant, which has no `.to`."""
-    return tl.full([], 1, tl.int64) * size
 
 
 @triton.jit
@@ -137,6 +134,74 @@ def _combine(mean, m2, count):
     return whole, tl.sum(m2 + count * distance * distance), total
 
 
+@triton.jit
+def _group_moments(
+    part_mean_ptr, part_m2_ptr,  # at the group's first part
+    add_ptr,  # at the group's first channel
+    C, HW, width, splits, span,
+    eps,
+    HAS_ADD: tl.constexpr,
+    IS_NHWC: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """(centre, rest, rstd) of one group of x + add, whose mean is centre + rest.
+
+    Two numbers, because x - centre - rest keeps digits that one rounded mean would lose when it is
+    far above the deviation. centre is the mean of the first part.
+    """
+    centre = tl.load(part_mean_ptr)
+    if HAS_ADD:
+        centre += tl.load(add_ptr).to(tl.float32)
+    total, mean, m2 = 0.0, 0.0, 0.0
+    for start in range(0, width * splits, PARTS):
+        index = start + tl.arange(0, PARTS)
+        present = index < width * splits
+        if IS_NHWC:
+            channel, split = index % width, index // width
+            offset = split.to(tl.int64) * C + channel
+        else:
+            channel, split = index // splits, index % splits
+            offset = index
+        part = tl.load(part_mean_ptr + offset, mask=present, other=0.0)
+        squares = tl.load(part_m2_ptr + offset, mask=present, other=0.0)
+        if HAS_ADD:
+            part += tl.load(add_ptr + channel, mask=present, other=0.0).to(tl.float32)
+        pixels = tl.minimum(HW - split * span, span).to(tl.float32)
+        count = tl.where(present, pixels, 0.0)
+        here, squares, added = _combine(tl.where(present, part - centre, 0.0), squares, count)
+        delta = here - mean
+        union = total + added
+        mean += delta * (added / union)
+        m2 += squares + delta * delta * (total * (added / union))
+        total = union
+    return centre, mean, tl.rsqrt((m2 / total + eps).to(tl.float32))
+
+
+@triton.jit
+def _affine(
+    weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr,  # the rows of one image
+    c, mask,
+    centre, rest, rstd,
+    HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """(mean, slope, offset) of channels c, so that the result is (x - mean) * slope + offset.
+
+    mean = centre - add, rounded; what rounding takes from it (Knuth's two-sum) goes, like rest,
+    into the offset.
+    """
+    weight = _load_row(weight_ptr, c, mask, HAS_WEIGHT, 1.0)
+    bias = _load_row(bias_ptr, c, mask, HAS_BIAS, 0.0)
+    scale = 1.0 + _load_row(scale_ptr, c, mask, HAS_SCALE, 0.0)
+    shift = _load_row(shift_ptr, c, mask, HAS_SHIFT, 0.0)
+    less = -_load_row(add_ptr, c, mask, HAS_ADD, 0.0)
+    mean = centre + less
+    virtual = mean - centre
+    lost = (centre - (mean - virtual)) + (less - virtual)
+    slope = rstd * weight * scale
+    return mean, slope, bias * scale + shift - (rest + lost) * slope
+
+
 # --- kernels --------------------------------------------------------------------------------------
 
 
@@ -146,17 +211,20 @@ def _group_kernel(
     add_stride, scale_stride, shift_stride, C, HW, groups,
     eps,
     HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    SILU: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
     IS_NHWC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides C // groups
+    BLOCK_C: tl.constexpr, BLOCK_HW: tl.constexpr,
 ):  # fmt: skip
     """One program per image and group, the group in registers."""
     pid = tl.program_id(0)
     n = (pid // groups).to(tl.int64)
     width = C // groups
     first = (pid % groups) * width
+    if ALIGN > 1:
+        C = tl.multiple_of(C, ALIGN)
+        width = tl.multiple_of(width, ALIGN)
+        first = tl.multiple_of(first, ALIGN)
     c = tl.arange(0, BLOCK_C)
     hw = tl.arange(0, BLOCK_HW)
     mask_c = c < width
@@ -181,12 +249,10 @@ def _group_kernel(
     x = tl.where(mask, x - rest, 0.0)
     rstd = tl.rsqrt((tl.sum(x * x) / count + eps).to(tl.float32))
 
-    weight = _load_row(weight_ptr, channel, mask_c, HAS_WEIGHT, 1.0)
-    bias = _load_row(bias_ptr, channel, mask_c, HAS_BIAS, 0.0)
-    scale = 1.0 + _load_row(scale_ptr + n * scale_stride, channel, mask_c, HAS_SCALE, 0.0)
-    shift = _load_row(shift_ptr + n * shift_stride, channel, mask_c, HAS_SHIFT, 0.0)
-    slope = rstd * weight * scale
-    offset = bias * scale + shift
+    _, slope, offset = _affine(
+        weight_ptr, bias_ptr, add_ptr, scale_ptr + n * scale_stride, shift_ptr + n * shift_stride,
+        channel, mask_c, 0.0, 0.0, rstd, False, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
     y = _activate(x * slope[:, None] + offset[:, None], SILU)
     tl.store(out_ptr + base + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -194,253 +260,203 @@ def _group_kernel(
 @triton.jit
 def _stats_kernel(
     x_ptr,
-    add_ptr,
-    mean_ptr,  # [N * groups, splits]
-    m2_ptr,
-    add_stride,
-    C,
-    HW,
-    groups,
-    splits,
-    span,
-    HAS_ADD: tl.constexpr,
+    mean_ptr, m2_ptr,  # [N * C, splits]
+    HW, splits, span,
     BLOCK: tl.constexpr,
-):
-    """Channels first: part `split` of one group, a run of `span` elements. Welford in each lane."""
+    VEC: tl.constexpr,  # 16 bytes: a row of the tile is one load of one thread
+):  # fmt: skip
+    """Channels first: one channel's part. Each thread centres what it has loaded on its own mean,
+    then adds it to what it had by Chan's rule: four instructions per element."""
     pid = tl.program_id(0)
-    split = tl.program_id(1)
-    n = (pid // groups).to(tl.int64)
-    width = C // groups
-    first = (pid % groups) * width
-    begin = split.to(tl.int64) * span
-    length = tl.minimum(_wide(width) * HW - begin, span).to(tl.int32)
-    x_ptr += (n * C + first) * HW + begin
-    add_ptr += n * add_stride + first
+    row = (pid // splits).to(tl.int64)
+    split = pid % splits
+    length = tl.minimum(HW - split * span, span)
+    x_ptr += row * HW + split * span
+    ROWS: tl.constexpr = BLOCK // VEC
+    at = tl.arange(0, ROWS)
+    tile = at[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
-    lane = tl.arange(0, BLOCK)
-    mean = tl.zeros([BLOCK], tl.float32)
-    m2 = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([ROWS], tl.float32)
+    m2 = tl.zeros([ROWS], tl.float32)
+    turns = length // BLOCK
     turn = 0.0
-    for start in range(0, length, BLOCK):
-        index = start + lane
-        mask = index < length
-        x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        if HAS_ADD:
-            channel = (begin + index) // HW
-            x += tl.load(add_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    for _ in range(turns):
+        x = tl.load(x_ptr + tile).to(tl.float32)
+        x_ptr += BLOCK
         turn += 1.0
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (
-            1.0 / turn
-        )  # a lane that has ended adds nothing, so its count needs no care
-        m2 += delta * tl.where(mask, x - mean, 0.0)
-        count += mask.to(tl.float32)
+        here = tl.sum(x, 1) / VEC
+        distance = x - here[:, None]
+        delta = here - mean
+        mean += delta * (1.0 / turn)
+        m2 += tl.sum(distance * distance, 1) + delta * delta * (VEC * (turn - 1.0) / turn)
+    count = tl.full([ROWS], 1.0, tl.float32) * (turn * VEC)
+    left = length - turns * BLOCK
+    if left > 0:
+        mask = tile < left
+        x = tl.load(x_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+        added = tl.minimum(tl.maximum(left - at * VEC, 0), VEC).to(tl.float32)
+        here = tl.sum(x, 1) / tl.maximum(added, 1.0)
+        distance = tl.where(mask, x - here[:, None], 0.0)
+        delta = here - mean
+        share = added / tl.maximum(count + added, 1.0)
+        mean += delta * share
+        m2 += tl.sum(distance * distance, 1) + delta * delta * (count * share)
+        count += added
     whole, squares, _ = _combine(mean, m2, count)
-    at = pid.to(tl.int64) * splits + split
-    tl.store(mean_ptr + at, whole)
-    tl.store(m2_ptr + at, squares)
+    tl.store(mean_ptr + pid, whole)
+    tl.store(m2_ptr + pid, squares)
 
 
 @triton.jit
 def _apply_kernel(
     x_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr,
-    mean_ptr,  # [N * groups, splits]
-    m2_ptr,
-    add_stride, scale_stride, shift_stride, C, HW, groups,
-    splits,
-    span,
+    part_mean_ptr, part_m2_ptr,  # [N * C, splits]
+    add_stride, scale_stride, shift_stride, C, HW, groups, splits, span,
     eps,
     HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    SILU: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Channels first: a piece of one channel, whose per-channel arguments are scalars."""
-    row = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, see the top of the file
+    blocks = tl.cdiv(HW, BLOCK)
+    row = pid // blocks
+    hw = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = hw < HW
+    base = row.to(tl.int64) * HW
+    x = tl.load(x_ptr + base + hw, mask=mask, other=0.0, eviction_policy="evict_first")
+
     n = (row // C).to(tl.int64)
     c = row % C
     width = C // groups
-
-    part = tl.arange(0, MAX_SPLITS)
-    present = part < splits
-    at = (row // width).to(tl.int64) * splits + part  # width divides C: this is n * groups + group
-    length = _wide(width) * HW
-    count = tl.where(present, tl.minimum(length - part.to(tl.int64) * span, span), 0).to(tl.float32)
-    part_mean = tl.load(mean_ptr + at, mask=present, other=0.0)
-    part_m2 = tl.load(m2_ptr + at, mask=present, other=0.0)
-    # The mean is its first part's, plus a small rest: x - mean - rest keeps digits that one rounded
-    # mean would lose.
-    centre = tl.sum(tl.where(part == 0, part_mean, 0.0))
-    rest, m2, total = _combine(tl.where(present, part_mean - centre, 0.0), part_m2, count)
-    rstd = tl.rsqrt((m2 / total + eps).to(tl.float32))
-
-    slope = rstd
-    offset = 0.0
-    if HAS_WEIGHT:
-        slope *= tl.load(weight_ptr + c).to(tl.float32)
-    if HAS_BIAS:
-        offset += tl.load(bias_ptr + c).to(tl.float32)
-    if HAS_SCALE:
-        scale = 1.0 + tl.load(scale_ptr + n * scale_stride + c).to(tl.float32)
-        slope *= scale
-        offset *= scale
-    if HAS_SHIFT:
-        offset += tl.load(shift_ptr + n * shift_stride + c).to(tl.float32)
-    hw = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = hw < HW
-    base = row.to(tl.int64) * HW
-    x = tl.load(x_ptr + base + hw, mask=mask, other=0.0).to(tl.float32)
-    if HAS_ADD:
-        x += tl.load(add_ptr + n * add_stride + c).to(tl.float32)
-    y = _activate(((x - centre) - rest) * slope + offset, SILU)
+    first = c // width * width
+    parts = (n * C + first) * splits
+    add_ptr += n * add_stride
+    centre, rest, rstd = _group_moments(
+        part_mean_ptr + parts, part_m2_ptr + parts, add_ptr + first, C, HW, width, splits, span,
+        eps, HAS_ADD, False, PARTS,
+    )  # fmt: skip
+    mean, slope, offset = _affine(
+        weight_ptr, bias_ptr, add_ptr, scale_ptr + n * scale_stride, shift_ptr + n * shift_stride,
+        c, c < C, centre, rest, rstd, HAS_ADD, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT,
+    )  # fmt: skip
+    y = _activate((x.to(tl.float32) - mean) * slope + offset, SILU)
     tl.store(out_ptr + base + hw, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _stats_last_kernel(
     x_ptr,
-    add_ptr,
-    mean_ptr,  # [N, splits, C]
-    m2_ptr,
-    add_stride,
-    C,
-    HW,
-    splits,
-    span,
-    HAS_ADD: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    mean_ptr, m2_ptr,  # [N, splits, C]
+    C, HW, splits, span,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Channels last: `span` pixels of a block of channels, whatever groups they belong to, so that
-    whole cache lines are read. Statistics per channel."""
-    n = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    whole cache lines are read. Welford for each channel and each row of the tile."""
+    pid = tl.program_id(0)
+    columns = tl.cdiv(C, BLOCK_C)  # neighbours share rows of memory
+    c = (pid % columns) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = pid // columns
+    n = (part // splits).to(tl.int64)
+    split = part % splits
     mask_c = c < C
-    begin = split.to(tl.int64) * span
-    length = tl.minimum(HW - begin, span).to(tl.int32)
+    length = tl.minimum(HW - split * span, span)
     row = tl.arange(0, BLOCK_HW)
-    x_ptr += (n * HW + begin) * C
-    if HAS_ADD:
-        added = tl.load(add_ptr + n * add_stride + c, mask=mask_c, other=0.0).to(tl.float32)
+    x_ptr += (n * HW + split * span) * C
+    tile = row[:, None] * C + c[None, :]
 
     mean = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
-    count = tl.zeros([BLOCK_HW], tl.float32)
+    turns = length // BLOCK_HW
     turn = 0.0
-    for start in range(0, length, BLOCK_HW):
-        mask_hw = start + row < length
-        mask = mask_hw[:, None] & mask_c[None, :]
-        x = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_ADD:
-            x += added[None, :]
+    for _ in range(turns):
+        x = tl.load(x_ptr + tile, mask=mask_c[None, :], other=0.0).to(tl.float32)
+        x_ptr += tl.full([], BLOCK_HW, tl.int64) * C
         turn += 1.0
-        delta = tl.where(mask, x - mean, 0.0)
+        delta = x - mean
         mean += delta * (1.0 / turn)
+        m2 += delta * (x - mean)
+    count = tl.full([BLOCK_HW], 1.0, tl.float32) * turn
+    left = length - turns * BLOCK_HW
+    if left > 0:
+        mask = (row < left)[:, None] & mask_c[None, :]
+        x = tl.load(x_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+        delta = tl.where(mask, x - mean, 0.0)
+        mean += delta * (1.0 / (turn + 1.0))
         m2 += delta * tl.where(mask, x - mean, 0.0)
-        count += mask_hw.to(tl.float32)
-        x_ptr += _wide(C) * BLOCK_HW
+        count += (row < left).to(tl.float32)
     weights = count[:, None]
     whole = tl.sum(mean * weights, 0) / tl.sum(count)
     distance = mean - whole[None, :]
     squares = tl.sum(m2 + weights * distance * distance, 0)
-    at = (n * splits + split) * C + c
+    at = part.to(tl.int64) * C + c
     tl.store(mean_ptr + at, whole, mask=mask_c)
     tl.store(m2_ptr + at, squares, mask=mask_c)
 
 
 @triton.jit
 def _finalize_last_kernel(
-    part_mean_ptr,  # [N, splits, C]
-    part_m2_ptr,
-    centre_ptr,  # [N, groups]: the mean is centre + rest
-    rest_ptr,
-    rstd_ptr,
-    C,
-    HW,
-    groups,
-    splits,
-    span,
+    add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    part_mean_ptr, part_m2_ptr,  # [N, splits, C]
+    mean_ptr, slope_ptr, offset_ptr,  # [N, C]
+    add_stride, scale_stride, shift_stride, C, HW, groups, splits, span,
     eps,
-    SPLITS: tl.constexpr,  # parts per iteration
+    HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,  # channels per iteration
-):
-    """Channels last: one group's parts, by channel and split, into its mean and rstd."""
+):  # fmt: skip
+    """Channels last: one group's parts, and its per-channel arguments, into mean, slope, offset."""
     pid = tl.program_id(0)
     n = (pid // groups).to(tl.int64)
     width = C // groups
     first = (pid % groups) * width
-    base = n * splits * C + first
-    part = tl.arange(0, SPLITS)
-    lane = tl.arange(0, BLOCK_C)
-    centre = tl.load(part_mean_ptr + base)
-    # Means are held relative to `centre`; every part of one split has the same number of pixels.
-    total = 0.0
-    mean = 0.0
-    m2 = 0.0
-    for start in range(0, splits, SPLITS):
-        split = start + part
-        present = split < splits
-        pixels = tl.where(present, tl.minimum(HW - split.to(tl.int64) * span, span), 0)
-        for channel in range(0, width, BLOCK_C):
-            c = channel + lane
-            mask = present[:, None] & (c < width)[None, :]
-            offsets = split[:, None].to(tl.int64) * C + c[None, :]
-            part_mean = tl.load(part_mean_ptr + base + offsets, mask=mask, other=0.0)
-            part_m2 = tl.load(part_m2_ptr + base + offsets, mask=mask, other=0.0)
-            count = tl.where(mask, pixels[:, None].to(tl.float32), 0.0)
-            here, squares, added = _combine(tl.where(mask, part_mean - centre, 0.0), part_m2, count)
-            delta = here - mean
-            union = total + added
-            mean += delta * (added / union)
-            m2 += squares + delta * delta * (total * (added / union))
-            total = union
-    tl.store(centre_ptr + pid, centre)
-    tl.store(rest_ptr + pid, mean)
-    tl.store(rstd_ptr + pid, tl.rsqrt((m2 / total + eps).to(tl.float32)))
+    parts = n * splits * C + first
+    add_ptr += n * add_stride
+    centre, rest, rstd = _group_moments(
+        part_mean_ptr + parts, part_m2_ptr + parts, add_ptr + first, C, HW, width, splits, span,
+        eps, HAS_ADD, True, PARTS,
+    )  # fmt: skip
+    for start in range(0, width, BLOCK_C):
+        lane = start + tl.arange(0, BLOCK_C)
+        mask = lane < width
+        c = first + lane
+        mean, slope, offset = _affine(
+            weight_ptr, bias_ptr, add_ptr, scale_ptr + n * scale_stride,
+            shift_ptr + n * shift_stride, c, mask, centre, rest, rstd,
+            HAS_ADD, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT,
+        )  # fmt: skip
+        tl.store(mean_ptr + n * C + c, mean, mask=mask)
+        tl.store(slope_ptr + n * C + c, slope, mask=mask)
+        tl.store(offset_ptr + n * C + c, offset, mask=mask)
 
 
 @triton.jit
 def _apply_last_kernel(
-    x_ptr, add_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr,
-    centre_ptr,  # [N, groups]
-    rest_ptr,
-    rstd_ptr,
-    add_stride, scale_stride, shift_stride, C, HW, groups,
-    HAS_ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_HW: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x_ptr, out_ptr,
+    mean_ptr, slope_ptr, offset_ptr,  # [N, C]
+    C, HW,
+    SILU: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Channels last: a tile of pixels and channels of one image."""
-    n = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_HW
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, see the top of the file
+    columns = tl.cdiv(C, BLOCK_C)
+    blocks = tl.cdiv(HW, BLOCK_HW)
+    c = (pid % columns) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = pid // columns
+    n = (pid // blocks).to(tl.int64)
+    pixel = (pid % blocks) * BLOCK_HW
     row = tl.arange(0, BLOCK_HW)
     mask_c = c < C
     mask = (pixel + row < HW)[:, None] & mask_c[None, :]
     base = (n * HW + pixel) * C
-    offsets = row[:, None] * C + c[None, :]
-    x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-    if HAS_ADD:
-        x += _load_row(add_ptr + n * add_stride, c, mask_c, True, 0.0)[None, :]
-
-    group = n * groups + c // (C // groups)
-    centre = tl.load(centre_ptr + group, mask=mask_c, other=0.0)
-    rest = tl.load(rest_ptr + group, mask=mask_c, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
-    weight = _load_row(weight_ptr, c, mask_c, HAS_WEIGHT, 1.0)
-    bias = _load_row(bias_ptr, c, mask_c, HAS_BIAS, 0.0)
-    scale = 1.0 + _load_row(scale_ptr + n * scale_stride, c, mask_c, HAS_SCALE, 0.0)
-    shift = _load_row(shift_ptr + n * shift_stride, c, mask_c, HAS_SHIFT, 0.0)
-    slope = rstd * weight * scale
-    offset = bias * scale + shift
-    y = (x - centre[None, :]) - rest[None, :]
-    y = _activate(y * slope[None, :] + offset[None, :], SILU)
-    tl.store(out_ptr + base + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tile = row[:, None] * C + c[None, :]
+    x = tl.load(x_ptr + base + tile, mask=mask, other=0.0, eviction_policy="evict_first")
+    mean = tl.load(mean_ptr + n * C + c, mask=mask_c, other=0.0)
+    slope = tl.load(slope_ptr + n * C + c, mask=mask_c, other=0.0)
+    offset = tl.load(offset_ptr + n * C + c, mask=mask_c, other=0.0)
+    y = _activate((x.to(tl.float32) - mean[None, :]) * slope[None, :] + offset[None, :], SILU)
+    tl.store(out_ptr + base + tile, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # --- launcher -------------------------------------------------------------------------------------
@@ -468,39 +484,30 @@ def launch(
         arch = major * 10 + minor
     plan = select(N, C, HW, groups, x.dtype, channels_last, arch)
 
-    def stride(rows: torch.Tensor | None) -> int:
-        return 0 if rows is None else rows.stride(0)
-
+    given = (add, weight, bias, scale, shift)
+    flags = {f: vector is not None for f, vector in zip(FLAGS, given, strict=True)}
     # An absent argument is any valid pointer; HAS_* keeps it from being read.
-    vectors = [x if vector is None else vector for vector in (add, weight, bias, scale, shift)]
-    strides = (stride(add), stride(scale), stride(shift))
-    flags = {
-        "HAS_ADD": add is not None,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_SCALE": scale is not None,
-        "HAS_SHIFT": shift is not None,
-        "SILU": silu,
-    }
-    has_add = flags["HAS_ADD"]
+    vectors = [x if vector is None else vector for vector in given]
+    strides = [0 if rows is None else rows.stride(0) for rows in (add, scale, shift)]
     with torch.cuda.device_of(x):
         if plan.kind == "group":
             _group_kernel[(N * groups,)](
-                x, *vectors, out, *strides, C, HW, groups, eps, **flags,
-                IS_NHWC=channels_last, BLOCK_C=plan.block_c, BLOCK_HW=plan.block_hw,
-                num_warps=plan.num_warps,
+                x, *vectors, out, *strides, C, HW, groups, eps, **flags, SILU=silu,
+                IS_NHWC=channels_last, ALIGN=plan.align, BLOCK_C=plan.block_c,
+                BLOCK_HW=plan.block_hw, num_warps=plan.num_warps,
             )  # fmt: skip
         elif channels_last:
-            _launch_split_last(x, out, plan, groups, vectors, strides, eps, flags)
+            _launch_split_last(x, out, plan, groups, vectors, strides, eps, silu, flags)
         else:
-            parts = torch.empty((2, N * groups, plan.splits), dtype=torch.float32, device=x.device)
-            _stats_kernel[(N * groups, plan.splits)](
-                x, vectors[0], *parts, strides[0], C, HW, groups, plan.splits, plan.span,
-                HAS_ADD=has_add, BLOCK=STATS_BLOCK, num_warps=4,
+            block = plan.block_hw
+            parts = torch.empty((2, N * C, plan.splits), dtype=torch.float32, device=x.device)
+            _stats_kernel[(N * C * plan.splits,)](
+                x, *parts, HW, plan.splits, plan.span,
+                BLOCK=block, VEC=16 // x.element_size(), num_warps=plan.num_warps,
             )  # fmt: skip
-            _apply_kernel[(N * C, _ceil_div(HW, APPLY_BLOCK))](
+            _apply_kernel[(N * C * triton.cdiv(HW, block),)](
                 x, *vectors, out, *parts, *strides, C, HW, groups, plan.splits, plan.span,
-                eps, **flags, MAX_SPLITS=MAX_SPLITS, BLOCK=APPLY_BLOCK, num_warps=4,
+                eps, **flags, SILU=silu, PARTS=APPLY_PARTS, BLOCK=block, num_warps=plan.num_warps,
             )  # fmt: skip
 
 
@@ -510,77 +517,83 @@ def _launch_split_last(
     plan: Launch,
     groups: int,
     vectors: list[torch.Tensor],
-    strides: tuple[int, int, int],
+    strides: list[int],
     eps: float,
+    silu: bool,
     flags: dict[str, bool],
 ) -> None:
     N, C = x.shape[:2]
     HW = x.numel() // (N * C)
     parts = torch.empty((2, N, plan.splits, C), dtype=torch.float32, device=x.device)
-    moments = torch.empty((3, N * groups), dtype=torch.float32, device=x.device)
-    block_c = LAST_BLOCK_C
-    columns = _ceil_div(C, block_c)
-    _stats_last_kernel[(N, plan.splits, columns)](
-        x, vectors[0], *parts, strides[0], C, HW, plan.splits, plan.span,
-        HAS_ADD=flags["HAS_ADD"], BLOCK_HW=LAST_BLOCK_HW, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
+    affine = torch.empty((3, N, C), dtype=torch.float32, device=x.device)
+    columns = triton.cdiv(C, plan.block_c)
+    tile: dict[str, Any] = {"BLOCK_HW": plan.block_hw, "BLOCK_C": plan.block_c}
+    tile["num_warps"] = plan.num_warps
+    _stats_last_kernel[(N * plan.splits * columns,)](
+        x, *parts, C, HW, plan.splits, plan.span, **tile
+    )
     _finalize_last_kernel[(N * groups,)](
-        *parts, *moments, C, HW, groups, plan.splits, plan.span, eps,
-        SPLITS=FINALIZE_CHUNK, BLOCK_C=block_c, num_warps=4,
+        *vectors, *parts, *affine, *strides, C, HW, groups, plan.splits, plan.span, eps, **flags,
+        PARTS=FINALIZE_PARTS, BLOCK_C=plan.block_c, num_warps=4,
     )  # fmt: skip
-    _apply_last_kernel[(_ceil_div(HW, LAST_BLOCK_HW), N, columns)](
-        x, *vectors, out, *moments, *strides, C, HW, groups, **flags,
-        BLOCK_HW=LAST_BLOCK_HW, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
+    _apply_last_kernel[(N * triton.cdiv(HW, plan.block_hw) * columns,)](
+        x, out, *affine, C, HW, SILU=silu, **tile
+    )
 
 
 # --- ahead of time --------------------------------------------------------------------------------
 
 
-def aot_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any], str]]:
-    """(kernel, signature, constexprs, options, label) of every tile `select` can return, with every
-    optional argument present (what needs most registers), the widest tiles first."""
-    flags = dict.fromkeys(
-        ("HAS_ADD", "HAS_WEIGHT", "HAS_BIAS", "HAS_SCALE", "HAS_SHIFT", "SILU"), True
-    )
-    tiles = [
-        (block_c, tile // block_c)
-        for tile in (16384, 8192, 4096, 2048, 1024)
-        for block_c in (128, 64, 32, 16, 8, 4)
-    ]
+def aot_configs() -> Iterator[dict[str, Any]]:
+    """Every tile `select` can return, in the terms of fastdiff.ops.AotConfig, with every optional
+    argument present (what needs most registers)."""
+    rows = dict.fromkeys(FLAGS, True)
 
-    def config(kernel: Any, dtype: str, constants: dict[str, Any], warps: int, label: str) -> Any:
-        signature = {}
+    def config(
+        kernel: Any, label: str, dtype: str, warps: int, known: tuple[str, ...], **constants: Any
+    ) -> dict[str, Any]:
+        signature = {name: "fp32" if name == "eps" else "i32" for name in kernel.arg_names}
         for name in kernel.arg_names:
             if name in constants:
                 signature[name] = "constexpr"
-            elif name in _FLOAT_POINTERS:
-                signature[name] = "*fp32"
             elif name.endswith("_ptr"):
-                signature[name] = f"*{dtype}"
-            else:
-                signature[name] = "fp32" if name == "eps" else "i32"
-        return kernel, signature, constants, {"num_warps": warps}, f"{label} {dtype}"
+                signature[name] = "*fp32" if name in _FLOAT_POINTERS else f"*{dtype}"
+        label = f"{label} {dtype}{'' if known else ' odd'}"
+        return {
+            "kernel": kernel, "signature": signature, "constexprs": constants, "label": label,
+            "options": {"num_warps": warps}, "multiples_of_16": known,
+        }  # fmt: skip
 
-    for dtype in ("bf16", "fp32"):
-        last = {"BLOCK_HW": LAST_BLOCK_HW, "BLOCK_C": LAST_BLOCK_C}
-        apply = {**flags, "MAX_SPLITS": MAX_SPLITS, "BLOCK": APPLY_BLOCK}
-        stats = {"HAS_ADD": True, "BLOCK": STATS_BLOCK}
-        yield config(_apply_kernel, dtype, apply, 4, "apply")
-        yield config(_stats_kernel, dtype, stats, 4, "stats")
-        yield config(_apply_last_kernel, dtype, {**flags, **last}, 4, "apply last")
-        yield config(_stats_last_kernel, dtype, {"HAS_ADD": True, **last}, 4, "stats last")
-        if dtype == "fp32":  # reads nothing of x's dtype
-            finalize = {"SPLITS": FINALIZE_CHUNK, "BLOCK_C": LAST_BLOCK_C}
-            yield config(_finalize_last_kernel, dtype, finalize, 4, "finalize last")
-        for block_c, block_hw in tiles:
-            for nhwc in (False, True):
-                constants = {**flags, "IS_NHWC": nhwc, "BLOCK_C": block_c, "BLOCK_HW": block_hw}
-                label = f"group {block_c}x{block_hw}{' last' if nhwc else ''}"
-                warps = _tile_warps(block_c * block_hw)
-                yield config(_group_kernel, dtype, constants, warps, label)
+    for dtype, vec in (("bf16", 8), ("fp32", 4)):
+        for known in (("C", "HW", "span"), ()):
+            odd = 1 if known else 2
+            last = {"BLOCK_HW": LAST_BLOCK_HW, "BLOCK_C": LAST_BLOCK_C}
+            parts = {"PARTS": FINALIZE_PARTS, "BLOCK_C": LAST_BLOCK_C}
+            yield config(_apply_last_kernel, "apply last", dtype, 4, known, SILU=True, **last)
+            yield config(_stats_last_kernel, "stats last", dtype, 4, known, **last)
+            yield config(_finalize_last_kernel, "finalize last", dtype, 4, known, **rows, **parts)
+            for block in (4096, 2048, 1024, 512)[odd - 1 :]:
+                part = {"BLOCK": block, "PARTS": APPLY_PARTS}
+                vector = {"BLOCK": block, "VEC": vec}
+                w = _warps(block * odd, 1)
+                label = f"apply {block}"
+                yield config(_apply_kernel, label, dtype, w, known, **rows, SILU=True, **part)
+                yield config(_stats_kernel, f"stats {block}", dtype, w, known, **vector)
+            for tile in (16384, 8192, 4096, 2048, 1024):
+                for block_c in (128, 64, 32, 16, 8, 4):
+                    shape = {"BLOCK_C": block_c, "BLOCK_HW": tile // block_c}
+                    label = f"group {block_c}x{tile // block_c}"
+                    every = {**rows, **shape, "SILU": True}
+                    w = _warps(tile * odd, 4)
+                    if tile * odd <= MAX_TILE:
+                        nchw = {**every, "IS_NHWC": False, "ALIGN": 1}
+                        yield config(_group_kernel, label, dtype, w, known, **nchw)
+                    # Channels last: align decides how wide loads are, whatever else is known.
+                    nhwc = {**every, "IS_NHWC": True, "ALIGN": ALIGN if known else 1}
+                    w = _warps(tile, 4)
+                    yield config(_group_kernel, f"{label} last", dtype, w, known, **nhwc)
 
 
 _FLOAT_POINTERS = {
-    "mean_ptr", "m2_ptr", "part_mean_ptr", "part_m2_ptr", "centre_ptr", "rest_ptr", "rstd_ptr",
+    "mean_ptr", "m2_ptr", "part_mean_ptr", "part_m2_ptr", "slope_ptr", "offset_ptr",
 }  # fmt: skip

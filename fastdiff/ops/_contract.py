@@ -73,13 +73,17 @@ class Implementation:
 
 @dataclass(frozen=True)
 class AotConfig:
-    """One kernel specialisation to compile ahead of time, in the terms of ``triton.compile``."""
+    """One kernel specialisation to compile ahead of time, in the terms of ``triton.compile``.
+
+    multiples_of_16: the integer arguments compiled as such; wide loads need them.
+    """
 
     kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, Any]
     label: str
+    multiples_of_16: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

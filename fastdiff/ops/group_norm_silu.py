@@ -333,7 +333,7 @@ SAMPLES = (
 def _aot() -> Iterable[AotConfig]:
     from fastdiff.kernels import group_norm_silu as kernels
 
-    return (AotConfig(*config) for config in kernels.aot_configs())
+    return (AotConfig(**config) for config in kernels.aot_configs())
 
 
 OP = register(

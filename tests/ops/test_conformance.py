@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
 from fastdiff.ops import OPS, Op
@@ -107,12 +108,18 @@ def test_public_function_compiles_without_graph_breaks(op: Op) -> None:
 
 @EVERY_OP
 def test_named_implementation_is_an_error_where_it_cannot_run(op: Op) -> None:
-    call = op.samples[0].make("cpu", torch.float64)
-    for impl in op.implementations:
-        with pytest.raises(RuntimeError, match=f"{op.name}: impl='{impl.name}' cannot run: "):
-            op(*call.args, **call.kwargs, impl=impl.name)
-    with pytest.raises(ValueError, match="impl must be 'auto' or one of"):
-        op(*call.args, **call.kwargs, impl="fastest")
+    refused = 0
+    for dtype in (torch.float32, torch.float64):
+        call = op.samples[0].make("cpu", dtype)
+        for impl in op.implementations:
+            if not op.why_not(impl.name, *call.args, **call.kwargs):
+                continue
+            with pytest.raises(RuntimeError, match=f"{op.name}: impl='{impl.name}' cannot run: "):
+                op(*call.args, **call.kwargs, impl=impl.name)
+            refused += 1
+        with pytest.raises(ValueError, match="impl must be 'auto' or one of"):
+            op(*call.args, **call.kwargs, impl="fastest")
+    assert refused or not op.implementations
 
 
 @EVERY_OP
@@ -129,15 +136,43 @@ def test_one_name_finds_the_op_everywhere(op: Op) -> None:
 def test_examples_count_their_work(op: Op) -> None:
     names = [example.name for example in op.examples]
     assert len(set(names)) == len(names)
-    sizes = []
+    moved = []
     for example in op.examples:
         call = example.make("cpu", torch.bfloat16)
         op.check(*call.args, **call.kwargs)
-        result_bytes = call.args[0].numel() * 2
-        assert op.bytes_moved(*call.args, **call.kwargs) >= 2 * result_bytes
-        assert op.flops(*call.args, **call.kwargs) > call.args[0].numel()
-        sizes.append(call.args[0].numel())
-    assert sizes[0] == min(sizes), "self_check runs the first example: it must be the smallest"
+        with FakeTensorMode() as mode:
+            fakes = call.map_tensors(mode.from_tensor)
+            result = op(*fakes.args, **fakes.kwargs)
+        moved.append(op.bytes_moved(*call.args, **call.kwargs))
+        assert moved[-1] > result.numel() * result.element_size(), "the result and some input"
+        assert op.flops(*call.args, **call.kwargs) > result.numel()
+    assert moved[0] == min(moved), "self_check runs the first example: it must be the smallest"
+
+
+@EVERY_OP
+def test_pattern_is_the_reference(op: Op) -> None:
+    """In float64, where the reference's care for dtypes changes nothing."""
+    for sample in op.samples:
+        call = sample.make("cpu", torch.float32).double()
+        expected = op.reference(*call.args, **call.kwargs)
+        torch.testing.assert_close(
+            op.pattern(*call.args, **call.kwargs), expected, rtol=1e-12, atol=1e-12
+        )
+
+
+@pytest.mark.gpu
+@EVERY_OP
+def test_examples_on_a_gpu(op: Op) -> None:
+    """The shapes of real models, which take every way through the launch policy."""
+    for example in op.examples:
+        for dtype in (torch.bfloat16, torch.float32):
+            call = example.make("cuda", dtype)
+            exact = call.double()
+            oracle = op.reference(*exact.args, **exact.kwargs)
+            torch_result = op.reference(*call.args, **call.kwargs)
+            for impl in usable(op, call):
+                result = op(*call.args, **call.kwargs, impl=impl)
+                assert_within_2x(result, oracle, torch_result, what=f"{example.name} {impl}")
 
 
 @EVERY_OP

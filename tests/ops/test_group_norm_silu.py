@@ -86,29 +86,40 @@ def test_images_do_not_depend_on_their_batch() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_launch_policy_covers_every_shape(channels_last: bool) -> None:
-    """select() returns only what aot_configs() compiles, and its parts cover the group."""
+    """select() returns only what aot_configs() compiles, and its parts cover the image."""
     kernels = pytest.importorskip("fastdiff.kernels.group_norm_silu", exc_type=ImportError)
-    compiled = {
-        (c[2].get("BLOCK_C"), c[2].get("BLOCK_HW"), c[3]["num_warps"])
-        for c in kernels.aot_configs()
-        if c[0] is kernels._group_kernel
-    }
+    groups_compiled = set()
+    blocks_compiled = set()
+    for config in kernels.aot_configs():
+        constants, warps = config["constexprs"], config["options"]["num_warps"]
+        known = bool(config["multiples_of_16"])
+        if config["kernel"] is kernels._group_kernel and constants["IS_NHWC"] == channels_last:
+            tile = (constants["BLOCK_C"], constants["BLOCK_HW"], warps, constants["ALIGN"])
+            groups_compiled.add((known or channels_last, *tile))
+        stats = kernels._stats_last_kernel if channels_last else kernels._stats_kernel
+        if config["kernel"] is stats:
+            block = constants["BLOCK_HW" if channels_last else "BLOCK"]
+            blocks_compiled.add((known, block, warps))
     kinds = set()
-    for batch in (1, 2, 16):
+    for batch in (0, 1, 2, 16):
         for channels, groups in ((32, 32), (128, 32), (320, 32), (2560, 32), (6, 1), (4096, 1)):
-            for pixels in (1, 7, 64, 1000, 4096, 262144):
+            for pixels in (1, 7, 64, 1000, 4096, 4097, 262144, 2**24, 2**24 + 1):
                 plan = kernels.select(
                     batch, channels, pixels, groups, torch.bfloat16, channels_last, 90
                 )
                 width = channels // groups
                 kinds.add(plan.kind)
+                known = channels_last or pixels % 16 == 0
                 if plan.kind == "group":
-                    assert (plan.block_c, plan.block_hw, plan.num_warps) in compiled
+                    tile = (plan.block_c, plan.block_hw, plan.num_warps, plan.align)
+                    assert (known, *tile) in groups_compiled
                     assert plan.block_c >= width
                     assert plan.block_hw >= pixels
+                    assert width % plan.align == 0
                     continue
-                total = pixels if channels_last else pixels * width
-                assert (plan.splits - 1) * plan.span < total <= plan.splits * plan.span
-                assert 1 <= plan.splits <= kernels.MAX_SPLITS
+                assert (known, plan.block_hw, plan.num_warps) in blocks_compiled
+                assert (plan.splits - 1) * plan.span < pixels <= plan.splits * plan.span
+                if not channels_last:
+                    assert plan.splits * width <= max(width, kernels.MAX_PARTS)
                 assert plan.span % plan.block_hw == 0
     assert kinds == {"group", "split"}
