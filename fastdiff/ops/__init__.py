@@ -5,7 +5,9 @@ from __future__ import annotations
 from fastdiff.ops._contract import Op
 from fastdiff.ops.group_norm_silu import OP as _GROUP_NORM_SILU
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.solver_step import OP as _SOLVER_STEP
+from fastdiff.ops.solver_step import solver_step
 
-OPS: tuple[Op, ...] = (_GROUP_NORM_SILU,)
+OPS: tuple[Op, ...] = (_GROUP_NORM_SILU, _SOLVER_STEP)
 
-__all__ = ["OPS", "Op", "group_norm_silu"]
+__all__ = ["OPS", "Op", "group_norm_silu", "solver_step"]
