@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastdiff.ops import group_norm_silu
-from fastdiff.ops.group_norm_silu import OP
+from fastdiff.ops.group_norm_silu import OP, reference
+from fastdiff.testing import assert_within_2x
 
 X = torch.zeros(2, 8, 3, 3)
 ROW = torch.zeros(2, 8)
@@ -123,3 +124,30 @@ def test_launch_policy_covers_every_shape(channels_last: bool) -> None:
                     assert plan.splits * width <= max(width, kernels.MAX_PARTS)
                 assert plan.span % plan.block_hw == 0
     assert kinds == {"group", "split"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(9, 64, 2048, 2048), (2**15 + 1, 1024, 8, 8)], ids=str)
+def test_more_elements_than_int32_counts(shape: tuple[int, ...], channels_last: bool) -> None:
+    """The last image is 4.3 GB from the first; the shapes take both ways through the policy."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=memory_format)
+    assert x.numel() > 2**31
+    x.normal_(mean=1.0)
+    result = group_norm_silu(x, 32, impl="triton")
+    last = x[-1:]
+    oracle = reference(last.double(), 32)
+    assert_within_2x(result[-1:], oracle, reference(last, 32))
+
+
+def test_compiles_with_symbolic_shapes() -> None:
+    compiled = torch.compile(
+        lambda x, add: group_norm_silu(x, 4, add=add) + 1,
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for batch, size in ((2, 5), (3, 8), (7, 6)):
+        x, add = torch.randn(batch, 8, size, size), torch.randn(batch, 8)
+        assert torch.equal(compiled(x, add), group_norm_silu(x, 4, add=add) + 1)
