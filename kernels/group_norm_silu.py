@@ -126,23 +126,26 @@ def _activate(y, SILU: tl.constexpr):
 
 
 @triton.jit
+def _chan(mean_a, m2_a, count_a, mean_b, m2_b, count_b):
+    """Chan's rule: mean, sum of squared distances and count of the union of two parts."""
+    count = count_a + count_b
+    share = tl.where(count > 0, count_b / count, 0.0)
+    delta = mean_b - mean_a
+    return mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share), count
+
+
+@triton.jit
 def _combine(mean, m2, count):
-    """Chan's rule over all parts: the mean and the sum of squared distances of the union."""
-    total = tl.sum(count)
-    whole = tl.sum(mean * count) / total
-    distance = tl.where(count > 0, mean - whole, 0.0)
-    return whole, tl.sum(m2 + count * distance * distance), total
+    """Chan's rule over all parts, in one reduction: three would wait for each other."""
+    return tl.reduce((mean, m2, count), 0, _chan)
 
 
 @triton.jit
 def _group_moments(
-    part_mean_ptr, part_m2_ptr,  # at the group's first part
-    add_ptr,  # at the group's first channel
+    part_mean_ptr, part_m2_ptr, add_ptr,  # at the group's first part, its first channel
     C, HW, width, splits, span,
     eps,
-    HAS_ADD: tl.constexpr,
-    IS_NHWC: tl.constexpr,
-    PARTS: tl.constexpr,
+    HAS_ADD: tl.constexpr, IS_NHWC: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """(centre, rest, rstd) of one group of x + add, whose mean is centre + rest.
 
@@ -169,11 +172,7 @@ def _group_moments(
         pixels = tl.minimum(HW - split * span, span).to(tl.float32)
         count = tl.where(present, pixels, 0.0)
         here, squares, added = _combine(tl.where(present, part - centre, 0.0), squares, count)
-        delta = here - mean
-        union = total + added
-        mean += delta * (added / union)
-        m2 += squares + delta * delta * (total * (added / union))
-        total = union
+        mean, m2, total = _chan(mean, m2, total, here, squares, added)
     return centre, mean, tl.rsqrt((m2 / total + eps).to(tl.float32))
 
 
