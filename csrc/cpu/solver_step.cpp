@@ -127,7 +127,10 @@ void normals(float* out, uint64_t seed, uint32_t draw, int64_t begin, int64_t n)
       z[2 * pair][g] = p.first;
       z[2 * pair + 1][g] = p.second;
     }
-  for (int64_t i = 0; i < n; ++i) out[i] = z[i & 3][i >> 2];
+  const int64_t whole = n / 4;
+  for (int64_t g = 0; g < whole; ++g)
+    for (int k = 0; k < 4; ++k) out[4 * g + k] = z[k][g];
+  for (int64_t i = 4 * whole; i < n; ++i) out[i] = z[i & 3][i >> 2];
 }
 
 // The same in channels-last memory: memory element m is number (m % channels)*spatial + m / channels.
