@@ -57,6 +57,8 @@ void group_norm_silu(uintptr_t x, uintptr_t add, int64_t add_stride, uintptr_t w
   args.param_dtype = float_dtype(param_dtype, "param_dtype");
   args.mod_dtype = float_dtype(mod_dtype, "mod_dtype");
   args.threads = threads;
+  fastdiff::Workspace workspace;
+  args.workspace = &workspace;
   if (batch <= 0 || channels <= 0 || hw <= 0) return;
   py::gil_scoped_release release;
   FASTDIFF_DISPATCH(group_norm_silu)(args);
@@ -65,11 +67,12 @@ void group_norm_silu(uintptr_t x, uintptr_t add, int64_t add_stride, uintptr_t w
 }  // namespace
 
 void bind_group_norm_silu(py::module_& module) {
-  module.def("group_norm_silu", &group_norm_silu, py::arg("x"), py::arg("add"),
-             py::arg("add_stride"), py::arg("weight"), py::arg("bias"), py::arg("scale"),
-             py::arg("scale_stride"), py::arg("shift"), py::arg("shift_stride"), py::arg("out"),
-             py::arg("batch"), py::arg("channels"), py::arg("hw"), py::arg("groups"),
-             py::arg("eps"), py::arg("act"), py::arg("channels_last"), py::arg("x_dtype"),
-             py::arg("param_dtype"), py::arg("mod_dtype"), py::arg("threads"),
-             "y = act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift) on raw pointers.");
+  module.def(
+      "group_norm_silu", &group_norm_silu, py::arg("x"), py::arg("add"), py::arg("add_stride"),
+      py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("scale_stride"),
+      py::arg("shift"), py::arg("shift_stride"), py::arg("out"), py::arg("batch"),
+      py::arg("channels"), py::arg("hw"), py::arg("groups"), py::arg("eps"), py::arg("act"),
+      py::arg("channels_last"), py::arg("x_dtype"), py::arg("param_dtype"), py::arg("mod_dtype"),
+      py::arg("threads"),
+      "y = act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift) on raw pointers.");
 }

@@ -1,13 +1,15 @@
-// GroupNorm with an optional added term, modulation and SiLU, on the CPU: see cpu/group_norm_silu.cpp.
+// GroupNorm with an optional added term, modulation and SiLU, on the CPU: see
+// cpu/group_norm_silu.cpp.
 #pragma once
 
 #include "common.h"
 #include "dispatch.h"
+#include "workspace.h"
 
 namespace fastdiff {
 
-// A per-channel argument: [channels], or [batch, channels] with the given element stride of the batch
-// dimension (0 for the former). data is null when the argument is absent.
+// A per-channel argument: [channels], or [batch, channels] with the given element stride of the
+// batch dimension (0 for the former). data is null when the argument is absent.
 struct ChannelVector {
   const void* data = nullptr;
   int64_t stride = 0;
@@ -24,6 +26,7 @@ struct GroupNormSilu {
   DType param_dtype;  // of weight and bias
   DType mod_dtype;    // of add, scale and shift
   int threads;
+  Workspace* workspace;
 };
 
 FASTDIFF_DECLARE_ISA(void, group_norm_silu, (const GroupNormSilu& args))

@@ -2,9 +2,9 @@
 // kernel is written once: 16 lanes with AVX-512, 8 with AVX2, else 4 lanes of compiler vectors.
 //
 // load/store convert between float lanes and fp32, fp16 and bf16 memory (stores round to nearest
-// even, NaN stays NaN); *_first touch only the first n < kLanes elements and read zeros beyond them.
-// fma() is fused where the hardware fuses and two operations elsewhere: kernels whose results must
-// agree bit for bit between instruction sets use * and + instead.
+// even, NaN stays NaN); *_first touch only the first n < kLanes elements and read zeros beyond
+// them. fma() is fused where the hardware fuses and two operations elsewhere: kernels whose results
+// must agree bit for bit between instruction sets use * and + instead.
 #pragma once
 
 #include <cstdint>
@@ -65,9 +65,9 @@ FASTDIFF_INLINE __m256i narrow_bf16(vfloat v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v), 16));
 }
 FASTDIFF_INLINE __m512i narrow_bf16(vfloat first, vfloat second) {
-  alignas(64) static constexpr uint16_t kUpper[32] = {
-      1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                      23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                      45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   return _mm512_permutex2var_epi16(round_bf16(first), _mm512_load_si512(kUpper),
                                    round_bf16(second));
 }
@@ -129,8 +129,8 @@ FASTDIFF_INLINE vfloat round_even(vfloat v) {
 
 // v * 2^n for integral n with v * 2^n a normal float.
 FASTDIFF_INLINE vfloat scale_by_power(vfloat v, vfloat n) {
-  return _mm256_castsi256_ps(_mm256_add_epi32(
-      _mm256_castps_si256(v), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 
 FASTDIFF_INLINE vfloat widen_bf16(__m128i bits) {
@@ -141,8 +141,8 @@ FASTDIFF_INLINE __m128i narrow_bf16(vfloat v) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(
-      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+  const __m256i high =
+      _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 FASTDIFF_INLINE __m128i narrow_f16(vfloat v) {
@@ -294,8 +294,8 @@ FASTDIFF_INLINE float sum_lanes(vfloat v) {
 constexpr int kBlock = kLanes == 16 ? 4 : 2;
 
 // power = exp(-x) to about 1 ulp; at the ends 0 or inf (a number beyond 1e38 without AVX-512).
-// x = r - n ln 2 with |r| <= ln 2 / 2; the polynomial is the minimax one of degree 6 for exp(-r), whose
-// relative error is 3e-9. ln 2 is split so that n times its upper part is exact.
+// x = r - n ln 2 with |r| <= ln 2 / 2; the polynomial is the minimax one of degree 6 for exp(-r),
+// whose relative error is 3e-9. ln 2 is split so that n times its upper part is exact.
 template <int N>
 FASTDIFF_INLINE void exp_negative(const vfloat (&x)[N], vfloat (&power)[N]) {
 #if defined(__AVX512F__)

@@ -56,10 +56,10 @@ class Launch:
 MAX_TILE = 16384
 MIN_TILE = 1024
 MAX_BLOCK_C = 128
+MAX_REGISTERS = 128  # what 16 warps have; named, because left alone ptxas spills to save registers
 ALIGN = 4  # loads of 8 bytes of bf16, 16 of fp32
 VECTOR = 16  # Triton loads 16 bytes at once where strides are known to be multiples of 16
-# Two waves of 4-warp programs, eight per SM, on the largest GPU (148 SMs); more parts only cost to
-# combine.
+# Two waves of 4-warp programs, eight per SM, on the largest GPU; more parts only cost to combine.
 TARGET_PROGRAMS = 2048
 MAX_BLOCK_HW = 4096  # 32 elements per thread: 64 bytes of bf16 in flight
 MIN_BLOCK_HW = 512
@@ -493,7 +493,7 @@ def launch(
             _group_kernel[(N * groups,)](
                 x, *vectors, out, *strides, C, HW, groups, eps, **flags, SILU=silu,
                 IS_NHWC=channels_last, ALIGN=plan.align, BLOCK_C=plan.block_c,
-                BLOCK_HW=plan.block_hw, num_warps=plan.num_warps,
+                BLOCK_HW=plan.block_hw, num_warps=plan.num_warps, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
         elif channels_last:
             _launch_split_last(x, out, plan, groups, vectors, strides, eps, silu, flags)
@@ -558,9 +558,10 @@ def aot_configs() -> Iterator[dict[str, Any]]:
             elif name.endswith("_ptr"):
                 signature[name] = "*fp32" if name in _FLOAT_POINTERS else f"*{dtype}"
         label = f"{label} {dtype}{'' if known else ' odd'}"
+        limit = {"maxnreg": MAX_REGISTERS} if kernel is _group_kernel else {}
         return {
             "kernel": kernel, "signature": signature, "constexprs": constants, "label": label,
-            "options": {"num_warps": warps}, "multiples_of_16": known,
+            "options": {"num_warps": warps, **limit}, "multiples_of_16": known,
         }  # fmt: skip
 
     for dtype, vec in (("bf16", 8), ("fp32", 4)):
