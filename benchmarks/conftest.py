@@ -153,10 +153,13 @@ def record(request: pytest.FixtureRequest, quick: bool) -> Callable[[str, dict[s
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """One line per variant: microseconds, GB/s, percent of a copy, times eager."""
+    write = terminalreporter.write_line
+    for row in config.stash[ROWS]:
+        if "variants" not in row:
+            write(f"\n{row.get('name')}: {row}")
     rows = [row for row in config.stash[ROWS] if "variants" in row]
     if not rows:
         return
-    write = terminalreporter.write_line
     width = max(len(row["name"]) for row in rows)
     head = f"{'us':>10} {'+-':>5} {'GB/s':>8} {'% copy':>7} {'x eager':>8} {'x best':>7}"
     write(f"\n{'':<{width}} {'':<9} {head}")
