@@ -85,8 +85,11 @@ StepTask make_task(const PackedTable& table, const std::vector<uintptr_t>& regis
               std::to_string(seeds.size()));
   StepTask task{};
   task.num_registers = table.num_registers;
-  for (size_t r = 0; r < registers.size(); ++r)
+  for (size_t r = 0; r < registers.size(); ++r) {
+    require(registers[r] != 0 || images * per_image == 0,
+            "registers[" + std::to_string(r) + "] must not be null");
     task.registers[r] = reinterpret_cast<void*>(registers[r]);
+  }
   task.state = state_of(state_dtype);
   task.output_dtype = dtype_of(output_dtype, "output_dtype");
   task.input = reinterpret_cast<void*>(input);
@@ -155,6 +158,7 @@ void bind_solver(py::module_& module) {
         StepTask task = make_task(table, registers, state_dtype, output_dtype, input, input_dtype,
                                   copies, seeds, images, per_image, channels);
         table.fill(task, row);
+        require(output != 0 || images * per_image == 0, "output must not be null");
         task.output = reinterpret_cast<const void*>(output);
         task.uncond = reinterpret_cast<const void*>(uncond);
         task.noise = reinterpret_cast<const void*>(noise);

@@ -33,6 +33,7 @@ void bind_solver_cuda(py::module_& module) {
                                   copies, {}, images, per_image, channels);
         require(row >= 0 && row < table.rows, "row must be in 0..rows-1, got " + std::to_string(row));
         table.fill(task, row);
+        require(output != 0 || images * per_image == 0, "output must not be null");
         task.output = reinterpret_cast<const void*>(output);
         task.uncond = reinterpret_cast<const void*>(uncond);
         task.noise = reinterpret_cast<const void*>(noise);
@@ -74,6 +75,8 @@ void bind_solver_cuda(py::module_& module) {
          int64_t channels) {
         StepTask task = make_task(table, registers, state_dtype, output_dtype, input, input_dtype,
                                   copies, {}, images, per_image, channels);
+        require(rows != 0 && counter != 0, "rows and counter must not be null");
+        require(output != 0 || images * per_image == 0, "output must not be null");
         task.output = reinterpret_cast<const void*>(output);
         task.uncond = reinterpret_cast<const void*>(uncond);
         task.noise = reinterpret_cast<const void*>(noise);

@@ -47,10 +47,13 @@ bool same(const py::object& a, const py::object& b) {
   return equal == 1;
 }
 
-uintptr_t data_pointer(const py::object& tensor) {
+// The address of a tensor's data; ValueError for one without memory (a meta or fake tensor).
+uintptr_t data_pointer(const py::object& tensor, const char* who) {
   const py::object value = steal(PyObject_CallMethodNoArgs(tensor.ptr(), names().data_ptr));
   const unsigned long long pointer = PyLong_AsUnsignedLongLong(value.ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
+  if (pointer == 0)
+    throw py::value_error(std::string(who) + " must return a tensor with memory, got a null pointer");
   return uintptr_t(pointer);
 }
 
@@ -102,7 +105,7 @@ int run_loop(const PackedTable& table, StepTask task, const LoopArguments& argum
     PyObject* stack[2] = {PyList_GET_ITEM(arguments.inputs.ptr(), i), index.ptr()};
     py::object output = steal(PyObject_Vectorcall(arguments.evaluate.ptr(), stack, 2, nullptr));
     if (!layout.fits(output)) output = arguments.accept(output);
-    const auto* bytes = reinterpret_cast<const char*>(data_pointer(output));
+    const auto* bytes = reinterpret_cast<const char*>(data_pointer(output, "model"));
     task.uncond = guided ? bytes : nullptr;
     task.output = guided ? bytes + half : bytes;
 
@@ -110,7 +113,7 @@ int run_loop(const PackedTable& table, StepTask task, const LoopArguments& argum
     task.noise = nullptr;
     if (int32_t(task.draw) >= 0 && !arguments.draw.is_none()) {
       noise = arguments.draw(int32_t(task.draw));
-      task.noise = reinterpret_cast<const void*>(data_pointer(noise));
+      task.noise = reinterpret_cast<const void*>(data_pointer(noise, "noise"));
     }
     if (arguments.on_gpu) {
       launch(task, arguments.stream);

@@ -427,8 +427,8 @@ _AOT_TYPES = (("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("fp64", "fp
 _AOT_INTEGERS = ("draw", "per_image", "images", "channels")
 
 
-def aot_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any], str]]:
-    """Launches to compile ahead of time: (kernel, signature, constexprs, options, label)."""
+def aot_configs() -> Iterator[dict[str, Any]]:
+    """Launches to compile ahead of time, in the terms of fastdiff.ops.AotConfig."""
     for name, structure in _AOT_ROWS.items():
         for state, model in _AOT_TYPES:
             for guided, last in ((0, 0), (1, 0), (1, 1)):
@@ -453,4 +453,12 @@ def aot_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[st
                 options = {"num_warps": policy.num_warps, "enable_fp_fusion": False}
                 kind = f"{'guided ' * guided}{'channels last ' * last}"
                 label = f"{name} {state}/{model} {kind}BLOCK={policy.block}"
-                yield solver_step_kernel, signature, constexprs, options, label
+                yield {
+                    "kernel": solver_step_kernel,
+                    "signature": signature,
+                    "constexprs": constexprs,
+                    "options": options,
+                    "label": label,
+                    # Images of such a size are the rule, and take the kernel's widest loads.
+                    "multiples_of_16": ("per_image",),
+                }

@@ -38,8 +38,8 @@ def make(
     random = torch.Generator().manual_seed(channels * side)
     x = torch.randn(BATCH, channels, side, side, generator=random)
     weight, bias = torch.randn(2, channels, generator=random)
-    like = {"device": device, "dtype": dtype}
-    return Call((x.to(**like, memory_format=memory), GROUPS, weight.to(**like), bias.to(**like)))
+    x = x.to(device, dtype).contiguous(memory_format=memory)
+    return Call((x, GROUPS, weight.to(device, dtype), bias.to(device, dtype)))
 
 
 def geometric_mean(values: list[float]) -> float:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from fastdiff._ext import DTYPE_CODES, ext, ext_status
+from fastdiff._philox import device_seeds, reference_normal
 from fastdiff.environment import interpreting
 from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
-from fastdiff.ops._philox import philox_normal
 
 Tensor = torch.Tensor
 MAX_REGISTERS = 8
@@ -140,7 +140,7 @@ def _values(step: Step) -> list[Tensor]:
     noise = step.noise
     if step.uses_noise and noise is None:
         assert step.seeds is not None  # the check
-        noise = philox_normal(x.shape, step.seeds, step.draw, x.device).to(x.dtype)
+        noise = reference_normal(x.shape, step.seeds, step.draw, x.device).to(x.dtype)
     return [
         _sum(list(zip(update, (*registers, prediction, noise), strict=True)), x)
         for update in step.updates
@@ -223,11 +223,6 @@ def _triton_row(row: _Row, dtype: torch.dtype, device: torch.device) -> tuple[An
     registers = row.registers + index.shape[1] - 4
     structure = RowStructure.of(index[0].tolist(), coef[0].tolist(), registers)
     return structure, torch.tensor(coef[0], dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _device_seeds(seeds: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(seeds, dtype=torch.int64, device=device)
 
 
 def _channels(step: Step) -> int:
@@ -320,7 +315,7 @@ def _cuda(*args: Any, **kwargs: Any) -> Tensor:
     out = _empty_result(step)
     if out.numel():
         with torch.cuda.device(out.device):
-            seeds = None if step.seeds is None else _device_seeds(tuple(step.seeds), out.device)
+            seeds = None if step.seeds is None else device_seeds(tuple(step.seeds), out.device)
             ext().cuda_solver_step(  # type: ignore[union-attr]
                 **_pointers(step, out),
                 seeds=0 if seeds is None else seeds.data_ptr(),
@@ -336,7 +331,7 @@ def _triton(*args: Any, **kwargs: Any) -> Tensor:
     out = _empty_result(step)
     if out.numel():
         structure, coef = _triton_row(_Row.of(step), out.dtype, out.device)
-        seeds = None if step.seeds is None else _device_seeds(tuple(step.seeds), out.device)
+        seeds = None if step.seeds is None else device_seeds(tuple(step.seeds), out.device)
         kernels.solver_step(
             structure,
             [*step.registers.unbind(0), *out.unbind(0)],
@@ -472,8 +467,7 @@ SAMPLES = (
 def _aot() -> Iterable[AotConfig]:
     from fastdiff.kernels import solver_step as kernels
 
-    # Images whose size is such a multiple are the rule, and the kernel's widest loads.
-    return (AotConfig(*config, multiples_of_16=("per_image",)) for config in kernels.aot_configs())
+    return (AotConfig(**config) for config in kernels.aot_configs())
 
 
 OP = register(

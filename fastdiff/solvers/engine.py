@@ -6,6 +6,7 @@ order of the table: nothing is contracted to an FMA, so every engine can round t
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff._ext import DTYPE_CODES, ext, ext_status
+from fastdiff._philox import device_seeds
 from fastdiff.solvers.grids import check_choice
 from fastdiff.solvers.noise import Noise, PhiloxNoise
 from fastdiff.solvers.table import PackedTable, SolverTable, Update
@@ -183,8 +185,10 @@ def _cpp(x: Tensor) -> tuple[ModuleType | None, str]:
         return None, ext_status()
     if not hasattr(module, "sampling_loop"):
         return None, "this build of the extension has no sampling loop; reinstall fastdiff"
-    if x.device.type != "cpu":
-        return None, f"its loop runs on the CPU, the state is on {x.device}"
+    if x.device.type == "cuda" and not hasattr(module, "cuda_solver_step"):
+        return None, f"the state is on {x.device}, the extension was built without CUDA"
+    if x.device.type not in ("cpu", "cuda"):
+        return None, f"its loop runs on the CPU and on CUDA devices, the state is on {x.device}"
     return module, ""
 
 
@@ -202,6 +206,7 @@ def _run_cpp(
         raise ValueError(f"noise must be given for a table with {table.num_draws} draws, got None")
     total = len(table)
     packed = table.pack()
+    x = x.contiguous(memory_format=_format(x))  # one of the two orders the kernels know
     registers = [x.clone(), *(torch.empty_like(x) for _ in range(1, table.num_registers))]
     direct = dtype == x.dtype and copies == 1 and all(r.input_scale == 1 for r in table.rows)
     if direct:
@@ -218,10 +223,11 @@ def _run_cpp(
             part.copy_(scaled)
         inputs = [buffer] * total
 
-    # A kernel counts elements in memory order, the stream of a seed in logical order.
-    seeds = noise.seeds if isinstance(noise, PhiloxNoise) and x.is_contiguous() else []
+    seeds: list[int] = []
     draw = None
-    if noise is not None and not seeds:
+    if isinstance(noise, PhiloxNoise):
+        seeds = noise.seeds  # drawn inside the step
+    elif noise is not None:
 
         def draw(index: int) -> Tensor:
             return noise.draw(index).contiguous(memory_format=_format(x))
@@ -232,25 +238,34 @@ def _run_cpp(
         def after(row: int) -> bool:
             return on_step(StepInfo(row, total, table.rows[row].time, registers[0]))
 
-    module.sampling_loop(
-        table=_native(module, packed),
-        evaluate=evaluate,
-        inputs=inputs,
-        like=inputs[0],
-        accept=evaluate.accept,
-        draw=draw,
-        on_step=after,
-        registers=[register.data_ptr() for register in registers],
-        state_dtype=DTYPE_CODES[x.dtype],
-        output_dtype=DTYPE_CODES[dtype],
-        input=0 if buffer is None else buffer.data_ptr(),
-        input_dtype=DTYPE_CODES[dtype],
-        copies=copies,
-        seeds=seeds,
-        images=x.shape[0],
-        per_image=x[0].numel(),
-        threads=torch.get_num_threads(),
-    )
+    place: dict[str, Any] = {"seeds": seeds, "threads": torch.get_num_threads()}
+    if x.is_cuda:
+        keys = device_seeds(tuple(seeds), x.device) if seeds else None
+        place |= {
+            "seeds": [],
+            "device_seeds": 0 if keys is None else keys.data_ptr(),
+            "stream": torch.cuda.current_stream(x.device).cuda_stream,
+        }
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        module.sampling_loop(
+            table=_native(module, packed),
+            evaluate=evaluate,
+            inputs=inputs,
+            like=inputs[0],
+            accept=evaluate.accept,
+            draw=draw,
+            on_step=after,
+            registers=[register.data_ptr() for register in registers],
+            state_dtype=DTYPE_CODES[x.dtype],
+            output_dtype=DTYPE_CODES[dtype],
+            input=0 if buffer is None else buffer.data_ptr(),
+            input_dtype=DTYPE_CODES[dtype],
+            copies=copies,
+            images=x.shape[0],
+            per_image=x[0].numel(),
+            channels=1 if x.is_contiguous() else x.shape[1],
+            **place,
+        )
     return registers[0]
 
 

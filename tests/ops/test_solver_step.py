@@ -18,7 +18,8 @@ from fastdiff._ext import ext
 from fastdiff.ops._contract import Example
 from fastdiff.ops.solver_step import OP, solver_step
 from fastdiff.solvers import make_table, scaled_linear
-from fastdiff.solvers.engine import run_reference
+from fastdiff.solvers.engine import run, run_reference
+from fastdiff.solvers.noise import PhiloxNoise
 
 Tensor = torch.Tensor
 needs_ext = pytest.mark.skipif(ext() is None, reason="needs the extension")
@@ -348,6 +349,35 @@ def test_the_loop_leaks_no_references() -> None:
     assert after[2] - before[2] < 50
 
 
+class NoMemory:
+    """Looks like the tensor it stands for, and has no data."""
+
+    def __call__(self, x: Tensor, row: int, /) -> object:
+        return None
+
+    def accept(self, output: object, /) -> Tensor:
+        return torch.empty(2, 3, 4, 4, device="meta")
+
+
+@needs_ext
+def test_null_pointers_are_refused() -> None:
+    x = torch.zeros(2, 3, 4, 4)
+    table = make_table("ddim", scaled_linear(), 4)
+    with pytest.raises(ValueError, match="model must return a tensor with memory"):
+        run(table, x, NoMemory(), dtype=x.dtype, engine="cpp")
+    packed = table.pack()
+    native = ext().PackedTable(packed.index, packed.coef, packed.num_registers, packed.max_updates)
+    zeros = ("row", "state_dtype", "output_dtype", "input_dtype", "uncond", "input", "noise")
+    arguments: dict[str, Any] = dict.fromkeys(zeros, 0)
+    arguments |= {"table": native, "copies": 1, "seeds": [], "images": 2, "per_image": 48}
+    arguments |= {"threads": 1}
+    registers = [x.data_ptr()] * packed.num_registers
+    with pytest.raises(ValueError, match="output must not be null"):
+        ext().solver_step(**arguments, registers=registers, output=0)
+    with pytest.raises(ValueError, match=r"registers\[0\] must not be null"):
+        ext().solver_step(**arguments, registers=[0, *registers[1:]], output=x.data_ptr())
+
+
 # --- On the GPU.
 
 
@@ -377,8 +407,6 @@ class Halving:
 
 
 def reference_run(table: Any, x: Tensor, seeds: list[int]) -> Tensor:
-    from fastdiff.solvers.noise import PhiloxNoise
-
     noise = PhiloxNoise(x.shape, seeds, state_dtype=x.dtype, device=x.device)
     return run_reference(table, x, Halving(), dtype=x.dtype, noise=noise)
 
@@ -436,42 +464,20 @@ def test_one_captured_graph_serves_every_row(solver: str) -> None:
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "ddpm"])
 def test_the_loop_on_a_stream_does_not_synchronise(solver: str) -> None:
     table = make_table(solver, scaled_linear(), 12)
-    packed = table.pack()
-    native = ext().PackedTable(packed.index, packed.coef, packed.num_registers, packed.max_updates)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    seeds = [5, 6]
-    state = x.cuda()
-    registers = [state, *(torch.empty_like(state) for _ in range(1, table.num_registers))]
-    keys = torch.tensor(seeds, device="cuda")
-    evaluate = Halving()
+    state, seeds = x.cuda(), [5, 6]
+    noise = PhiloxNoise(x.shape, seeds, state_dtype=x.dtype, device=state.device)
+
+    def go() -> Tensor:
+        return run(table, state, Halving(), dtype=x.dtype, noise=noise, engine="cpp")
+
+    go()  # the seeds are on the GPU from here on
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            ran = ext().sampling_loop(
-                table=native,
-                evaluate=evaluate,
-                inputs=[registers[row.feed] for row in table.rows],
-                like=state,
-                accept=evaluate.accept,
-                draw=None,
-                on_step=None,
-                registers=[register.data_ptr() for register in registers],
-                state_dtype=0,
-                output_dtype=0,
-                input_dtype=0,
-                input=0,
-                copies=1,
-                seeds=[],
-                images=2,
-                per_image=4 * 8 * 8,
-                threads=1,
-                stream=stream.cuda_stream,
-                device_seeds=keys.data_ptr(),
-            )
+            result = go()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    assert ran == len(table)
-    assert torch.equal(state.cpu(), reference_run(table, x, seeds))
+    assert torch.equal(result.cpu(), reference_run(table, x, seeds))

@@ -69,6 +69,36 @@ def test_engines_agree_bit_for_bit(solver, options, layout, dtype):
             assert torch.equal(*results), (noise, bool(extra))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m"])
+def test_every_engine_on_the_gpu_has_the_cpus_bits(solver, layout, dtype):
+    def halving(x, t, y):
+        return x * 0.5 + y.view(-1, 1, 1, 1)  # one rounding each: the same on every device
+
+    def go(device, engine):
+        x = torch.randn(3, 4, 9, 7, generator=torch.Generator().manual_seed(1))
+        y = torch.tensor([0.5, 0.25, 0.125], dtype=dtype, device=device)
+        return draw(
+            halving,
+            shape=None,
+            x=x.to(device, dtype).contiguous(memory_format=layout),
+            solver=solver,
+            cond={"y": y},
+            uncond={"y": -y},
+            guidance_scale=2.5,
+            seed=2**63 + 9,
+            engine=engine,
+        )
+
+    expected = go("cpu", "reference")
+    for engine in ("auto", "reference", *["cpp"] * hasattr(ext(), "cuda_solver_step")):
+        result = go("cuda", engine)
+        assert result.is_cuda
+        assert torch.equal(result.cpu(), expected), engine
+
+
 @needs_cpp
 def test_engines_agree_on_a_table_with_scaled_inputs_and_many_registers():
     rows = tuple(

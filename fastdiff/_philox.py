@@ -1,37 +1,82 @@
-"""The noise streams of csrc/philox.h in plain PyTorch: each operation rounds once, in its order."""
+"""The noise streams of csrc/philox.h: by the extension, or in plain PyTorch with the same bits.
+
+Element e of an image (in contiguous order) is normal e % 4 of counter (e // 4, draw) under the key
+(seed's low word, high word). In plain PyTorch each operation rounds once, in the order of the C++.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 
+from fastdiff._ext import ext
+
 Tensor = torch.Tensor
 
 
-def philox_normal(
+def normal(
     shape: Sequence[int], seeds: Sequence[int], draw: int, device: torch.device | str
 ) -> Tensor:
-    """Float32 normals [len(seeds), ...], the stream of csrc/philox.h in plain PyTorch.
+    """Float32 normals [len(seeds), ...] on ``device``; by the extension where it can."""
+    device = torch.device(device)
+    module = ext()
+    per_image = math.prod(shape[1:])
+    if device.type == "cpu" and module is not None:
+        out = torch.empty(tuple(shape), dtype=torch.float32)
+        threads = torch.get_num_threads()
+        module.philox_normal(out.data_ptr(), len(seeds), per_image, list(seeds), draw, threads)
+        return out
+    if device.type == "cuda" and module is not None and hasattr(module, "cuda_philox_normal"):
+        with torch.cuda.device(device):
+            out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+            keys = device_seeds(tuple(seeds), out.device)
+            stream = torch.cuda.current_stream().cuda_stream
+            module.cuda_philox_normal(
+                out.data_ptr(), len(seeds), per_image, keys.data_ptr(), draw, stream
+            )
+        return out
+    return reference_normal(shape, seeds, draw, device)
 
-    Element e of an image (in contiguous order) is normal e % 4 of counter (e // 4, draw) under the
-    key (seed's low word, high word).
-    """
+
+@functools.lru_cache(maxsize=64)
+def device_seeds(seeds: tuple[int, ...], device: torch.device) -> Tensor:
+    """The seeds as the kernels read them: 64 bits each, on ``device``."""
+    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+def reference_normal(
+    shape: Sequence[int], seeds: Sequence[int], draw: int, device: torch.device | str
+) -> Tensor:
+    """Float32 normals [len(seeds), ...] in plain PyTorch."""
     count = math.prod(shape[1:])
-    low = 0xFFFFFFFF
     groups = torch.arange((count + 3) // 4, device=device).expand(len(seeds), -1)
     zero = torch.zeros_like(groups)
-    c = [groups & low, zero + draw, groups >> 32, zero]
-    keys = [(seed & low, seed >> 32) for seed in seeds]
-    k = [torch.tensor(column, device=device)[:, None] for column in zip(*keys, strict=True)]
+    keys = [(seed & _LOW, seed >> 32) for seed in seeds]
+    key = [torch.tensor(column, device=device)[:, None] for column in zip(*keys, strict=True)]
+    c = philox4x32([groups & _LOW, zero + draw, groups >> 32, zero], key)
+    z = torch.stack([*_box_muller(c[0], c[1]), *_box_muller(c[2], c[3])], -1)
+    return z.flatten(1)[:, :count].reshape(tuple(shape))
+
+
+_LOW = 0xFFFFFFFF
+
+
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four words for each counter of four words.
+
+    counter, key: four and two int64 tensors of 32-bit words that broadcast.
+    """
+    c, k = list(counter), list(key)
     for _ in range(10):
         high0, low0 = _multiply(c[0], 0xD2511F53)
         high1, low1 = _multiply(c[2], 0xCD9E8D57)
         c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
-        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
-    z = torch.stack([*_box_muller(c[0], c[1]), *_box_muller(c[2], c[3])], -1)
-    return z.flatten(1)[:, :count].reshape(tuple(shape))
+        k = [(k[0] + 0x9E3779B9) & _LOW, (k[1] + 0xBB67AE85) & _LOW]
+    return c
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
