@@ -92,6 +92,10 @@ def _package(name: str, required: bool) -> Finding:
         return Finding(
             name, "broken", f"{version} is not among the tested {low} <= v < {high}", remedy
         )
+    if name == "torch":  # it says itself which build it is ("+cpu", "+cu130"), its metadata may not
+        import torch
+
+        version = str(torch.__version__)
     return Finding(name, "ok", version)
 
 

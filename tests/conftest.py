@@ -1,9 +1,39 @@
-"""Shared by all tests: GPU tests are skipped, visibly, where there is no GPU."""
+"""Shared by all tests: a Python of its own, and GPU tests skipped, visibly, without a GPU."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+
+
+@pytest.fixture
+def fresh_python(tmp_path: Path) -> Callable[..., str]:
+    """fresh_python(*arguments, **environment): runs a new Python and gives what it printed.
+
+    It starts in an empty folder: in the repository's root, Python 3.10 would import the sources
+    instead of what is installed. A non-zero exit fails the test.
+    """
+
+    def run(*arguments: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +161,8 @@ def test_evaluate_without_scikit_learn(model: str, monkeypatch, capsys) -> None:
     assert "pip install scikit-learn" in capsys.readouterr().err
 
 
-def test_help_and_version_as_a_program() -> None:
-    def program(*arguments: str) -> str:
-        command = [sys.executable, "-m", "fastdiff", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    assert "examples:" in program("--help")
+def test_help_and_version_as_a_program(fresh_python: Callable[..., str]) -> None:
+    assert "examples:" in fresh_python("-m", "fastdiff", "--help")
     for option in ("--labels", "--seed", "--guidance-scale", "--out"):
-        assert option in program("sample", "--help")
-    assert program("--version").startswith("fastdiff ")
+        assert option in fresh_python("-m", "fastdiff", "sample", "--help")
+    assert fresh_python("-m", "fastdiff", "--version").startswith("fastdiff ")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib import metadata
 
 import pytest
@@ -13,20 +10,9 @@ import pytest
 import fastdiff
 
 
-def in_fresh_process(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_import_takes_no_cuda_context_and_no_triton():
-    out = in_fresh_process(
+def test_import_takes_no_cuda_context_and_no_triton(fresh_python):
+    out = fresh_python(
+        "-c",
         "import json, os, sys, torch\n"
         "before, environment = set(sys.modules), dict(os.environ)\n"
         "def settings():\n"
@@ -43,7 +29,7 @@ def test_import_takes_no_cuda_context_and_no_triton():
         "  initialised=torch.cuda.is_initialized(),\n"
         "  environment=environment == dict(os.environ),\n"
         "  defaults=defaults == after,\n"
-        "  registered=hasattr(torch.ops.fastdiff, 'group_norm_silu'))))\n"
+        "  registered=hasattr(torch.ops.fastdiff, 'group_norm_silu'))))\n",
     )
     assert json.loads(out) == {
         "triton": [],

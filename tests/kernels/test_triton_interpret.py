@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -37,18 +35,9 @@ print("ran", ran)
 @pytest.mark.interpret
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [op.name for op in OPS if op.aot is not None])
-def test_conforms_in_the_interpreter(name: str) -> None:
+def test_conforms_in_the_interpreter(name: str, fresh_python: Callable[..., str]) -> None:
     pytest.importorskip("triton")
     # A process of its own: Triton decides between interpreting and compiling when it is imported.
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, name],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran = int(done.stdout.split()[-1])
+    ran = int(fresh_python("-c", PROGRAM, name, TRITON_INTERPRET="1").split()[-1])
     samples = next(len(op.samples) for op in OPS if op.name == name)
     assert ran >= samples, f"only {ran} cases of {samples} samples in two dtypes ran"
