@@ -82,15 +82,15 @@ def select(
     """The launch for a shape. Pure: needs no GPU. arch is 80, 90, ...
 
     dtype and arch do not change the choice: tiles are bounded by fp32 registers, whose number per
-    SM is the same from sm_80 on. An odd number of pixels, channels first, takes an address for
-    every element instead of every 16 bytes: half the elements per thread, or registers spill.
+    SM is the same from sm_80 on. An odd number of pixels (channels last: of channels) takes an
+    address for every element: half the elements per thread, or registers spill.
     """
     width = C // groups
-    odd = 1 if channels_last or HW % VECTOR == 0 else 2
+    align = ALIGN if channels_last and C % VECTOR == 0 and width % ALIGN == 0 else 1
+    odd = 1 if align > 1 or (HW % VECTOR == 0 and not channels_last) else 2
     block_c = max(4, triton.next_power_of_2(width))
     tile = max(MIN_TILE, block_c * triton.next_power_of_2(HW))
     if block_c <= MAX_BLOCK_C and tile * odd <= MAX_TILE:
-        align = ALIGN if channels_last and width % ALIGN == 0 else 1
         return Launch("group", block_c, tile // block_c, _warps(tile * odd, 4), align)
     if channels_last:
         rows, most = N * triton.cdiv(C, LAST_BLOCK_C), LAST_MAX_SPLITS
@@ -507,6 +507,7 @@ def launch(
             _apply_kernel[(N * C * triton.cdiv(HW, block),)](
                 x, *vectors, out, *parts, *strides, C, HW, groups, plan.splits, plan.span,
                 eps, **flags, SILU=silu, PARTS=APPLY_PARTS, BLOCK=block, num_warps=plan.num_warps,
+                maxnreg=MAX_REGISTERS,
             )  # fmt: skip
 
 
@@ -558,7 +559,7 @@ def aot_configs() -> Iterator[dict[str, Any]]:
             elif name.endswith("_ptr"):
                 signature[name] = "*fp32" if name in _FLOAT_POINTERS else f"*{dtype}"
         label = f"{label} {dtype}{'' if known else ' odd'}"
-        limit = {"maxnreg": MAX_REGISTERS} if kernel is _group_kernel else {}
+        limit = {"maxnreg": MAX_REGISTERS} if kernel in (_group_kernel, _apply_kernel) else {}
         return {
             "kernel": kernel, "signature": signature, "constexprs": constants, "label": label,
             "options": {"num_warps": warps, **limit}, "multiples_of_16": known,
@@ -585,13 +586,12 @@ def aot_configs() -> Iterator[dict[str, Any]]:
                     label = f"group {block_c}x{tile // block_c}"
                     every = {**rows, **shape, "SILU": True}
                     w = _warps(tile * odd, 4)
-                    if tile * odd <= MAX_TILE:
-                        nchw = {**every, "IS_NHWC": False, "ALIGN": 1}
-                        yield config(_group_kernel, label, dtype, w, known, **nchw)
-                    # Channels last: align decides how wide loads are, whatever else is known.
+                    if tile * odd > MAX_TILE:
+                        continue
+                    nchw = {**every, "IS_NHWC": False, "ALIGN": 1}
+                    yield config(_group_kernel, label, dtype, w, known, **nchw)
                     nhwc = {**every, "IS_NHWC": True, "ALIGN": ALIGN if known else 1}
-                    w = _warps(tile, 4)
-                    yield config(_group_kernel, f"{label} last", dtype, w, known, **nhwc)
+                    yield config(_group_kernel, f"{label} last", dtype, w, known[:1], **nhwc)
 
 
 _FLOAT_POINTERS = {

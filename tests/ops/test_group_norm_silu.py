@@ -96,28 +96,34 @@ def test_launch_policy_covers_every_shape(channels_last: bool) -> None:
         known = bool(config["multiples_of_16"])
         if config["kernel"] is kernels._group_kernel and constants["IS_NHWC"] == channels_last:
             tile = (constants["BLOCK_C"], constants["BLOCK_HW"], warps, constants["ALIGN"])
-            groups_compiled.add((known or channels_last, *tile))
+            groups_compiled.add((known, *tile))
         stats = kernels._stats_last_kernel if channels_last else kernels._stats_kernel
         if config["kernel"] is stats:
             block = constants["BLOCK_HW" if channels_last else "BLOCK"]
             blocks_compiled.add((known, block, warps))
     kinds = set()
     for batch in (0, 1, 2, 16):
-        for channels, groups in ((32, 32), (128, 32), (320, 32), (2560, 32), (6, 1), (4096, 1)):
+        for channels, groups in (
+            *((32, 32), (96, 32), (128, 32), (320, 32), (2560, 32)),
+            *((6, 1), (100, 5), (4096, 1)),
+        ):
             for pixels in (1, 7, 64, 1000, 4096, 4097, 262144, 2**24, 2**24 + 1):
                 plan = kernels.select(
                     batch, channels, pixels, groups, torch.bfloat16, channels_last, 90
                 )
                 width = channels // groups
                 kinds.add(plan.kind)
-                known = channels_last or pixels % 16 == 0
                 if plan.kind == "group":
+                    # What is compiled without a fact about the sizes holds with it.
+                    known = pixels % 16 == 0 if not channels_last else plan.align > 1
                     tile = (plan.block_c, plan.block_hw, plan.num_warps, plan.align)
                     assert (known, *tile) in groups_compiled
+                    assert plan.align == 1 or channels % 16 == 0
                     assert plan.block_c >= width
                     assert plan.block_hw >= pixels
                     assert width % plan.align == 0
                     continue
+                known = channels_last or pixels % 16 == 0
                 assert (known, plan.block_hw, plan.num_warps) in blocks_compiled
                 assert (plan.splits - 1) * plan.span < pixels <= plan.splits * plan.span
                 if not channels_last:
