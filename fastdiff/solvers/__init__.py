@@ -9,32 +9,48 @@ file of its family, and one line in SOLVERS (registry.py). Engines and kernels n
 
 from __future__ import annotations
 
+from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.consistency import lcm, lcm_grid
+from fastdiff.solvers.continuous import (
+    ContinuousVP,
+    Flow,
+    SigmaSchedule,
+    dynamic_shift,
+    edm,
+    ve,
+)
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
-from fastdiff.solvers.dpm_solver import dpmpp_2m
+from fastdiff.solvers.dpm_solver import dpm_multistep
 from fastdiff.solvers.grids import TimeGrid, explicit_grid, make_grid
+from fastdiff.solvers.named import SCHEDULES, get_schedule
 from fastdiff.solvers.registry import SOLVERS, Solver, get_solver, make_table
+from fastdiff.solvers.runge_kutta import heun
 from fastdiff.solvers.schedules import (
-    SCHEDULES,
     DiscreteVP,
     NoiseSchedule,
     cosine,
     from_alphas_cumprod,
     from_betas,
     from_diffusers,
-    get_schedule,
     linear,
     scaled_linear,
+    sigmoid,
+    zero_terminal_snr,
 )
 from fastdiff.solvers.table import PackedTable, Row, SolverTable, Update
+from fastdiff.solvers.unipc import unipc
 
 __all__ = [
     "SCHEDULES",
     "SOLVERS",
+    "ContinuousVP",
     "DiscreteVP",
+    "Flow",
     "NoiseSchedule",
     "PackedTable",
     "Row",
+    "SigmaSchedule",
     "Solver",
     "SolverTable",
     "TimeGrid",
@@ -42,15 +58,27 @@ __all__ = [
     "cosine",
     "ddim",
     "ddpm",
-    "dpmpp_2m",
+    "deis",
+    "dpm_multistep",
+    "dynamic_shift",
+    "edm",
     "explicit_grid",
     "from_alphas_cumprod",
     "from_betas",
     "from_diffusers",
     "get_schedule",
     "get_solver",
+    "heun",
+    "lcm",
+    "lcm_grid",
     "linear",
+    "lms",
     "make_grid",
     "make_table",
+    "pndm",
     "scaled_linear",
+    "sigmoid",
+    "unipc",
+    "ve",
+    "zero_terminal_snr",
 ]

@@ -15,18 +15,17 @@ from __future__ import annotations
 import math
 
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
-from fastdiff.solvers.prediction import canonical, to_x0
+from fastdiff.solvers.prediction import Step, canonical, steps_of
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
 
-def posterior(
-    alpha: float, sigma: float, alpha_to: float, sigma_to: float, h: float, eta: float
-) -> tuple[float, float, float]:
-    """(from_x, from_x0, from_noise) of one step over h in 0..inf; see the top of this file."""
+def posterior(step: Step, eta: float) -> tuple[float, float, float]:
+    """(from_x, from_x0, from_noise) of one step; see the top of this file."""
+    h, alpha_to, sigma_to = step.h, step.alpha_to, step.sigma_to
     variance = -math.expm1(-2.0 * h)  # 1 - e^{-2h}, in 0..1
     q_squared = max(1.0 - eta * eta * variance, 0.0)
-    from_x = sigma_to / sigma * math.sqrt(q_squared)
+    from_x = sigma_to / step.sigma * math.sqrt(q_squared)
     if h == 0:
         from_x0 = 0.0
     elif q_squared == 0 or math.isinf(h):
@@ -64,23 +63,19 @@ def ddim(
         raise ValueError(f"eta must be in 0..1, got {eta}")
     rows = []
     draws = 0
-    for t, lam, target in zip(
-        grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True
-    ):
-        alpha, sigma = map(float, schedule.marginal(lam))
-        alpha_to, sigma_to = map(float, schedule.marginal(target))
-        from_x, from_x0, std = posterior(alpha, sigma, alpha_to, sigma_to, target - lam, eta)
-        from_state, from_output = to_x0(kind, alpha, sigma)
+    for step in steps_of(schedule, grid, kind):
+        from_x, from_x0, std = posterior(step, eta)
         draw = -1
         if std > 0 or (eta > 0 and mode == "parity"):
             draw, draws = draws, draws + 1
         update = Update(0, (from_x,), from_x0, std)
-        rows.append(Row(0, t, 1.0, from_state, from_output, (update,), draw=draw))
+        rows.append(Row(0, *step.model, (update,), draw=draw))
     return SolverTable(
         name="ddim",
         num_registers=1,
         rows=tuple(rows),
         num_draws=draws,
+        init_scale=schedule.init_scale(float(grid.lambdas[0])),
         prediction="x0",
         description=f"eta={eta:g}, {kind} model, {grid.name} grid, {mode}",
     )

@@ -14,7 +14,7 @@ import math
 
 from fastdiff.solvers.ddim import posterior
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
-from fastdiff.solvers.prediction import canonical, to_x0
+from fastdiff.solvers.prediction import canonical, steps_of
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -45,29 +45,24 @@ def ddpm(
     kind = canonical(prediction)
     rows = []
     draws = 0
-    for t, lam, target in zip(
-        grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True
-    ):
-        alpha, sigma = map(float, schedule.marginal(lam))
-        alpha_to, sigma_to = map(float, schedule.marginal(target))
-        h = target - lam
-        from_x, from_x0, std = posterior(alpha, sigma, alpha_to, sigma_to, h, eta=1.0)
+    for step in steps_of(schedule, grid, kind):
+        from_x, from_x0, std = posterior(step, eta=1.0)
         if variance_type == "fixed_large":
-            std = sigma * math.sqrt(-math.expm1(-2.0 * h))
+            std = step.sigma * math.sqrt(-math.expm1(-2.0 * step.h))
         elif mode == "parity":
             std = max(std, 1e-10)
-        noisy = t > 0 if mode == "parity" else math.isfinite(target)
+        noisy = step.time > 0 if mode == "parity" else math.isfinite(step.target)
         draw = -1
         if noisy:
             draw, draws = draws, draws + 1
-        from_state, from_output = to_x0(kind, alpha, sigma)
         update = Update(0, (from_x,), from_x0, std if noisy else 0.0)
-        rows.append(Row(0, t, 1.0, from_state, from_output, (update,), draw=draw))
+        rows.append(Row(0, *step.model, (update,), draw=draw))
     return SolverTable(
         name="ddpm",
         num_registers=1,
         rows=tuple(rows),
         num_draws=draws,
+        init_scale=schedule.init_scale(float(grid.lambdas[0])),
         prediction="x0",
         description=f"{variance_type}, {kind} model, {grid.name} grid, {mode}",
     )

@@ -5,15 +5,21 @@ and the lambda each step goes to. They are apart because reference implementatio
 Karras spacing rounds the time the model sees but not the noise level, and DDIM steps to
 ``t - T//N`` rather than to the next entry of its list.
 
-The two conventions for the same word, both from diffusers (``timestep_spacing``):
+The conventions for the same word, all from diffusers (``timestep_spacing``):
 
 =========  =====================================  ========================================
-spacing    "ddim" (DDIM, DDPM, Euler, Heun, LMS)  "dpm" (DPM-Solver, UniPC, DEIS)
+spacing    "ddim" (DDIM, DDPM, PNDM)              "dpm" (DPM-Solver, UniPC, DEIS)
 =========  =====================================  ========================================
 linspace   linspace(0, T-1, N)                    linspace(0, T-1, N+1) without the 0
 leading    (0..N-1) * (T // N) + steps_offset     (1..N) * (T // (N+1)) + steps_offset
 trailing   round(arange(T, 0, -T/N)) - 1          the same
 =========  =====================================  ========================================
+
+"euler" (Euler, Heun, LMS) is "ddim" without the rounding of linspace; between whole timesteps
+sigma/alpha is linear in t, and level spacings hand the model fractional times.
+
+On a schedule in continuous time, "linspace" is N points uniform from t_max towards t_min, without
+t_min (time-shifted where the schedule has a shift).
 """
 
 from __future__ import annotations
@@ -27,8 +33,10 @@ import numpy as np
 
 from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule, unknown
 
-SPACINGS = ("linspace", "leading", "trailing", "karras", "lambda")
-CONVENTIONS = ("ddim", "dpm")
+TIME_SPACINGS = ("linspace", "leading", "trailing")
+LEVEL_SPACINGS = ("karras", "lambda", "exponential", "beta")
+SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS)
+CONVENTIONS = ("ddim", "dpm", "euler")
 FINALS = ("zero", "sigma_min")
 MODES = ("parity", "exact")
 
@@ -129,17 +137,17 @@ def check_steps(steps: int, most: int | None = None) -> None:
 def timesteps(
     num_timesteps: int, steps: int, spacing: str, convention: str = "ddim", steps_offset: int = 0
 ) -> np.ndarray:
-    """The integer timesteps of linspace, leading or trailing spacing, descending, float64 [N].
+    """The timesteps of linspace, leading or trailing spacing, descending, float64 [N].
 
     See the table at the top of this file for ``convention``; ``steps_offset`` acts on "leading".
     """
-    check_choice("spacing", spacing, SPACINGS[:3])
+    check_choice("spacing", spacing, TIME_SPACINGS)
     check_choice("convention", convention, CONVENTIONS)
     check_steps(steps, num_timesteps)
     extra = 1 if convention == "dpm" else 0
     if spacing == "linspace":
-        points = np.linspace(0, num_timesteps - 1, steps + extra).round()[::-1]
-        return points[:steps].copy()
+        points = np.linspace(0, num_timesteps - 1, steps + extra)[::-1]
+        return points.copy() if convention == "euler" else points[:steps].round()
     if spacing == "leading":
         ratio = num_timesteps // (steps + extra)
         return (np.arange(extra, steps + extra) * float(ratio) + steps_offset)[::-1].copy()
@@ -162,12 +170,14 @@ def make_grid(
 ) -> TimeGrid:
     """A grid by the name of its spacing.
 
-    spacing: "linspace", "leading", "trailing": whole timesteps, see the top of this file.
+    spacing: "linspace", "leading", "trailing": times, see the top of this file.
         "karras": sigma/alpha between the schedule's ends by the rho rule of EDM (arXiv 2206.00364,
-        equation 5). "lambda": uniform in lambda (DPM-Solver, arXiv 2206.00927, section 3.3).
+        equation 5). "lambda": uniform in lambda (DPM-Solver, arXiv 2206.00927, section 3.3), and
+        "exponential" its other name, with the conventions diffusers has under that one. "beta":
+        sigma/alpha at the quantiles of Beta(0.6, 0.6) (arXiv 2407.12173; needs SciPy).
     final: "zero": the last step goes to the clean sample. "sigma_min": to the noise of ``t_min``.
     stride: step i goes to ``t_i - T//N`` instead of to the next evaluation (DDIM in diffusers).
-    mode: in "parity", karras and lambda hand the model whole timesteps and, with
+    mode: in "parity", these four hand the model whole timesteps and, with
         ``final="sigma_min"``, end on an empty step, as diffusers does. In "exact" the times are
         fractional and agree with the noise levels, and no step is empty.
 
@@ -177,14 +187,21 @@ def make_grid(
     check_choice("final", final, FINALS)
     check_choice("mode", mode, MODES)
     check_steps(steps)
-    if spacing in ("karras", "lambda"):
+    if spacing in LEVEL_SPACINGS:
         if stride:
             raise ValueError(f"stride must be False for {spacing} spacing, got True")
-        return _level_grid(schedule, steps, spacing, final, mode, rho)
+        rounded = mode == "parity" and convention != "euler"
+        return _level_grid(schedule, steps, spacing, final, mode, rounded, rho)
     if not isinstance(schedule, DiscreteVP):
-        raise TypeError(
-            f"spacing must be karras or lambda for a {type(schedule).__name__}, got {spacing!r}"
-        )
+        if spacing != "linspace":
+            raise TypeError(
+                f"spacing must be linspace, {', '.join(LEVEL_SPACINGS)} for a schedule in "
+                f"continuous time ({schedule.name}), got {spacing!r}"
+            )
+        times = schedule.between(np.arange(steps) / steps)
+        lambdas = schedule.lambda_at(times)
+        targets = np.append(lambdas[1:], _end(schedule, final))
+        return TimeGrid(f"linspace ({schedule.name})", times, lambdas, targets, steps)
     times = timesteps(schedule.num_timesteps, steps, spacing, convention, steps_offset)
     if times[0] > schedule.t_max or times[-1] < schedule.t_min:
         raise ValueError(
@@ -192,6 +209,8 @@ def make_grid(
             f"({steps} steps: {times[0]:g} .. {times[-1]:g})"
         )
     lambdas = schedule.lambda_at(times)
+    if convention == "euler":
+        lambdas = _linear_in_sigma(schedule, times)
     end = _end(schedule, final)
     if stride:
         previous = times - schedule.num_timesteps // steps
@@ -224,12 +243,31 @@ def explicit_grid(
     )
 
 
+def _beta_quantiles(probabilities: np.ndarray, shape: float = 0.6) -> np.ndarray:
+    try:
+        from scipy.stats import beta
+    except ImportError as error:
+        raise ValueError("spacing='beta' needs SciPy: pip install scipy") from error
+    return np.asarray(beta.ppf(probabilities, shape, shape), dtype=np.float64)
+
+
 def _end(schedule: NoiseSchedule, final: str) -> float:
     return math.inf if final == "zero" else float(schedule.lambda_at(schedule.t_min))
 
 
+def _linear_in_sigma(schedule: DiscreteVP, times: np.ndarray) -> np.ndarray:
+    whole = np.arange(schedule.num_timesteps)
+    return -np.log(np.interp(times, whole, np.exp(-schedule.lambda_at(whole))))
+
+
 def _level_grid(
-    schedule: NoiseSchedule, steps: int, spacing: str, final: str, mode: str, rho: float
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str,
+    final: str,
+    mode: str,
+    rounded: bool,
+    rho: float,
 ) -> TimeGrid:
     """Grids laid out in noise level rather than in time."""
     ends = schedule.lambda_at(np.array([schedule.t_max, schedule.t_min]))
@@ -244,6 +282,9 @@ def _level_grid(
     if spacing == "karras":
         most, least = np.exp(-ends / rho)  # (sigma/alpha)^(1/rho)
         lambdas = -rho * np.log(most + ramp * (least - most))
+    elif spacing == "beta":
+        most, least = np.exp(-ends)
+        lambdas = -np.log(least + (most - least) * _beta_quantiles(1.0 - ramp))
     else:
         lambdas = ends[0] + ramp * (ends[1] - ends[0])
     # Rounding must not push the ends out of the schedule's range.
@@ -253,8 +294,11 @@ def _level_grid(
     if closing:
         lambdas, targets = lambdas[:-1], targets[:-1]
     times = schedule.time_at(lambdas)
-    if mode == "parity" and isinstance(schedule, DiscreteVP):
+    if rounded and isinstance(schedule, DiscreteVP):
         # diffusers rounds, except for the cosine schedule, where a cast to int64 truncates.
-        truncated = schedule.name in ("cosine", "squaredcos_cap_v2")
+        truncated = schedule.name in ("cosine", "squaredcos_cap_v2") or spacing in (
+            "exponential",
+            "beta",
+        )
         times = np.floor(times) if truncated else np.round(times)
     return TimeGrid(spacing, times, lambdas, targets, steps)

@@ -1,21 +1,31 @@
-"""What a model predicts, and how a solver gets x0 from it.
+"""What a model predicts, and how a solver gets x0 or eps from it.
 
-With ``x = alpha x0 + sigma eps``:
+With ``x = alpha x0 + sigma eps`` and n^2 = alpha^2 + sigma^2 (1 for variance-preserving schedules):
 
-======  ==========================  ===================================
-name    the model's output          x0
-======  ==========================  ===================================
-"eps"   eps                         (x - sigma output)/alpha
-"v"     alpha eps - sigma x0        alpha x - sigma output
-"x0"    x0                          output
-======  ==========================  ===================================
+=======  ===================================  ============================  =======================
+name     the model's output                   x0                            eps
+=======  ===================================  ============================  =======================
+"eps"    eps                                  (x - sigma output)/alpha      output
+"v"      (alpha eps - sigma x0)/n             (alpha x - sigma n output)/n^2  (sigma x + alpha n output)/n^2
+"x0"     x0                                   output                        (x - alpha output)/sigma
+"flow"   eps - x0                             (x - sigma output)/(alpha + sigma)  (x + alpha output)/(alpha + sigma)
+"score"  the gradient of log p, -eps/sigma    (x + sigma^2 output)/alpha    -sigma output
+"edm"    F of a preconditioned model, below   c_skip x/alpha + c_out output   from x0
+=======  ===================================  ============================  =======================
 
-"v" is from arXiv 2202.00512 (appendix D) and needs alpha^2 + sigma^2 = 1.
-"""
+"v" is from arXiv 2202.00512 (appendix D), "flow" from rectified flow (arXiv 2209.03003). "edm" is
+D = c_skip x + c_out F(c_in x) of arXiv 2206.00364 (table 1), with sigma_data 0.5; only there the
+model's input is scaled.
+"""  # noqa: E501
 
 from __future__ import annotations
 
-from fastdiff.solvers.schedules import unknown
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastdiff.solvers.grids import TimeGrid
+from fastdiff.solvers.schedules import NoiseSchedule, unknown
 
 _NAMES = {
     "eps": "eps",
@@ -24,11 +34,19 @@ _NAMES = {
     "v_prediction": "v",
     "x0": "x0",
     "sample": "x0",
+    "flow": "flow",
+    "flow_prediction": "flow",
+    "score": "score",
+    "edm": "edm",
 }
+EDM_SIGMA_DATA = 0.5
 
 
 def canonical(prediction: str) -> str:
-    """ "eps", "v" or "x0"; takes diffusers' names too; ValueError for any other."""
+    """ "eps", "v", "x0", "flow", "score" or "edm"; takes diffusers' names too.
+
+    ValueError for any other.
+    """
     if not isinstance(prediction, str):
         raise TypeError(f"prediction must be a string, got {type(prediction).__name__}")
     if prediction not in _NAMES:
@@ -36,20 +54,111 @@ def canonical(prediction: str) -> str:
     return _NAMES[prediction]
 
 
+def input_scale(prediction: str, alpha: float, sigma: float) -> float:
+    """What the state is multiplied with before the model sees it."""
+    if prediction != "edm":
+        return 1.0
+    return 1.0 / math.hypot(sigma, alpha * EDM_SIGMA_DATA)
+
+
 def to_x0(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
     """(from_state, from_output) such that ``x0 = from_state*x + from_output*output``.
 
-    Raises ValueError for an eps model where alpha is 0 (zero terminal SNR): the noise alone says
-    nothing about x0.
+    Raises ValueError for an eps or score model where alpha is 0 (zero terminal SNR): the noise
+    alone says nothing about x0.
     """
-    kind = canonical(prediction)
-    if kind == "x0":
+    if prediction == "x0":
         return 0.0, 1.0
-    if kind == "v":
-        return alpha, -sigma
+    if prediction == "v":
+        n2 = alpha * alpha + sigma * sigma
+        return alpha / n2, -sigma / math.sqrt(n2)
+    if prediction == "flow":
+        return 1.0 / (alpha + sigma), -sigma / (alpha + sigma)
+    if prediction == "edm":
+        n = math.hypot(sigma, alpha * EDM_SIGMA_DATA)
+        return alpha * EDM_SIGMA_DATA**2 / (n * n), sigma * EDM_SIGMA_DATA / n
     if alpha == 0:
         raise ValueError(
             "prediction must be v or x0 for a schedule with zero terminal SNR (alpha = 0 at the "
-            "first step), got eps"
+            f"first step), got {prediction}"
         )
+    if prediction == "score":
+        return 1.0 / alpha, sigma * sigma / alpha
     return 1.0 / alpha, -sigma / alpha
+
+
+def to_eps(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """(from_state, from_output) such that ``eps = from_state*x + from_output*output``.
+
+    Raises ValueError where sigma is 0: a clean sample says nothing about the noise.
+    """
+    if prediction == "eps":
+        return 0.0, 1.0
+    if prediction == "score":
+        return 0.0, -sigma
+    if prediction == "v":
+        n2 = alpha * alpha + sigma * sigma
+        return sigma / n2, alpha / math.sqrt(n2)
+    if prediction == "flow":
+        return 1.0 / (alpha + sigma), alpha / (alpha + sigma)
+    if sigma == 0:
+        raise ValueError("sigma must be above 0 where eps is asked of a model, got 0")
+    if prediction == "x0":
+        return 1.0 / sigma, -alpha / sigma
+    n = math.hypot(sigma, alpha * EDM_SIGMA_DATA)
+    return sigma / (n * n), -alpha * EDM_SIGMA_DATA / n
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the coefficients of one step are made of, all float64.
+
+    lam, alpha, sigma: of the state the model sees. target, alpha_to, sigma_to: after the step.
+    input_scale, from_state, from_output: the fields of a :class:`Row` of those names.
+    """
+
+    index: int
+    time: float
+    lam: float
+    target: float
+    alpha: float
+    sigma: float
+    alpha_to: float
+    sigma_to: float
+    input_scale: float
+    from_state: float
+    from_output: float
+
+    @property
+    def h(self) -> float:
+        """target - lam, 0..inf."""
+        return self.target - self.lam
+
+    @property
+    def model(self) -> tuple[float, float, float, float]:
+        """(time, input_scale, from_state, from_output), as a :class:`Row` takes them."""
+        return self.time, self.input_scale, self.from_state, self.from_output
+
+
+def steps_of(
+    schedule: NoiseSchedule, grid: TimeGrid, prediction: str, wanted: str = "x0"
+) -> Iterator[Step]:
+    """The steps of a grid, for a solver that works with the prediction ``wanted`` ("x0", "eps")."""
+    kind = canonical(prediction)
+    convert = to_x0 if wanted == "x0" else to_eps
+    triples = zip(grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True)
+    for index, (time, lam, target) in enumerate(triples):
+        alpha, sigma = map(float, schedule.marginal(lam))
+        alpha_to, sigma_to = map(float, schedule.marginal(target))
+        yield Step(
+            index,
+            time,
+            lam,
+            target,
+            alpha,
+            sigma,
+            alpha_to,
+            sigma_to,
+            input_scale(kind, alpha, sigma),
+            *convert(kind, alpha, sigma),
+        )

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.consistency import lcm, lcm_grid
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
-from fastdiff.solvers.dpm_solver import dpmpp_2m
-from fastdiff.solvers.grids import FINALS, TimeGrid, check_choice, explicit_grid, make_grid
-from fastdiff.solvers.schedules import NoiseSchedule, get_schedule, unknown
+from fastdiff.solvers.dpm_solver import dpm_multistep
+from fastdiff.solvers.grids import (
+    FINALS,
+    LEVEL_SPACINGS,
+    TimeGrid,
+    check_choice,
+    explicit_grid,
+    make_grid,
+)
+from fastdiff.solvers.named import get_schedule
+from fastdiff.solvers.runge_kutta import heun
+from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule, unknown
 from fastdiff.solvers.table import SolverTable
+from fastdiff.solvers.unipc import unipc
 
 Grid = str | TimeGrid | Sequence[float] | np.ndarray | None
 
@@ -28,6 +40,7 @@ class Solver:
     stride: in parity mode and on whole-timestep spacings, a step goes to ``t - T//N``.
     final: the option that says where the last step goes, with its default: a spelling of
         "zero"/"sigma_min" or a truth value; None when it always goes to the clean sample.
+    fixed: options of ``build`` that the name decides.
     """
 
     name: str
@@ -36,32 +49,53 @@ class Solver:
     convention: str
     stride: bool = False
     final: tuple[str, str | bool] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, schedule: NoiseSchedule, grid: TimeGrid, **options: Any) -> SolverTable:
-        return self.build(schedule, grid, **options)
+        table = self.build(schedule, grid, **self.fixed, **options)
+        return table if table.name == self.name else replace(table, name=self.name)
 
     def options(self) -> tuple[str, ...]:
         """The names :func:`make_table` takes for this solver, beyond its own arguments."""
         parameters = inspect.signature(self.build).parameters.values()
         own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        own = [name for name in own if name not in ("prediction", "mode")]
+        own = [name for name in own if name not in ("prediction", "mode", *self.fixed)]
         return (*own, "steps_offset", *([self.final[0]] if self.final else []))
 
 
-def _first_order(
-    schedule: NoiseSchedule, grid: TimeGrid, *, prediction: str = "eps", mode: str = "parity"
-) -> SolverTable:
-    """DPM-Solver++ of order 1."""
-    return dpmpp_2m(schedule, grid, prediction=prediction, mode=mode, order=1)
+def _dpm(name: str, order: int, algorithm: str = "dpmsolver++") -> Solver:
+    final = "zero" if algorithm.endswith("++") else "sigma_min"
+    fixed = {"order": order, "algorithm_type": algorithm}
+    return Solver(
+        name, dpm_multistep, "linspace", "dpm", final=("final_sigmas_type", final), fixed=fixed
+    )
 
 
+_LEVELS = ("final_sigmas_type", "zero")
+_ALPHA = "set_alpha_to_one"
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
         Solver("ddpm", ddpm, "leading", "ddim"),
-        Solver("ddim", ddim, "leading", "ddim", stride=True, final=("set_alpha_to_one", True)),
-        Solver("dpmpp_1", _first_order, "linspace", "dpm", final=("final_sigmas_type", "zero")),
-        Solver("dpmpp_2m", dpmpp_2m, "linspace", "dpm", final=("final_sigmas_type", "zero")),
+        Solver("ddim", ddim, "leading", "ddim", stride=True, final=(_ALPHA, True)),
+        Solver("pndm", pndm, "leading", "ddim", stride=True, final=(_ALPHA, False)),
+        _dpm("dpmpp_1", 1),
+        _dpm("dpmpp_2m", 2),
+        _dpm("dpmpp_3m", 3),
+        _dpm("dpmpp_2m_sde", 2, "sde-dpmsolver++"),
+        _dpm("dpmpp_3m_sde", 3, "sde-dpmsolver++"),
+        _dpm("dpm_1", 1, "dpmsolver"),
+        _dpm("dpm_2m", 2, "dpmsolver"),
+        _dpm("dpm_3m", 3, "dpmsolver"),
+        _dpm("dpm_2m_sde", 2, "sde-dpmsolver"),
+        Solver("unipc", unipc, "linspace", "dpm", final=_LEVELS),
+        Solver("deis", deis, "linspace", "dpm", final=("final_sigmas_type", "sigma_min")),
+        # In sigma/alpha Euler's method is DDIM, and with ancestral noise its eta = 1.
+        Solver("euler", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 0.0}),
+        Solver("euler_ancestral", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 1.0}),
+        Solver("heun", heun, "linspace", "euler", final=_LEVELS),
+        Solver("lms", lms, "linspace", "euler", final=_LEVELS),
+        Solver("lcm", lcm, "lcm", "ddim"),
     )
 }
 
@@ -92,13 +126,14 @@ def make_table(
 
     solver: a name in SOLVERS. schedule: a name in SCHEDULES, or a NoiseSchedule.
     steps: the number of model evaluations; not used when ``grid`` says where they are.
-    grid: None (the solver's default spacing), the name of a spacing ("linspace", "leading",
-        "trailing", "karras", "lambda"), a list of decreasing timesteps, or a TimeGrid.
-    prediction: what the model predicts: "eps", "v" or "x0".
+    grid: None (the schedule's own spacing, or the solver's), the name of a spacing ("linspace",
+        "leading", "trailing", "karras", "lambda", "exponential", "beta", "lcm"), a list of
+        decreasing timesteps, or a TimeGrid.
+    prediction: what the model predicts: "eps", "v", "x0", "flow", "score" or "edm".
     mode: "parity" gives what diffusers gives, quirks included; "exact" the paper's mathematics.
-    options: the solver's own (``eta``, ``variance_type``, ``order``, ``solver_type``,
-        ``lower_order_final``, ``euler_at_final``) and the grid's: ``steps_offset``, and where the
-        last step goes: ``final_sigmas_type`` ("zero", "sigma_min") or ``set_alpha_to_one``.
+    options: the solver's own (``Solver.options()`` lists them) and the grid's: ``steps_offset``,
+        and where the last step goes: ``final_sigmas_type`` ("zero", "sigma_min") or
+        ``set_alpha_to_one``.
 
     Raises TypeError for an option the solver does not have, ValueError for a bad value.
     """
@@ -123,21 +158,42 @@ def make_table(
     if isinstance(grid, TimeGrid):
         points = grid
     elif grid is None or isinstance(grid, str):
-        spacing = chosen.spacing if grid is None else grid
+        spacing = grid or (chosen.spacing if chosen.spacing == "lcm" else schedule.spacing)
+        spacing = spacing or chosen.spacing
         if steps is None:
             raise ValueError("steps must be given unless grid lists the times, got None")
-        stride = chosen.stride and mode == "parity" and spacing not in ("karras", "lambda")
-        points = make_grid(
-            schedule,
-            steps,
-            spacing,
-            convention=chosen.convention,
-            steps_offset=int(steps_offset),
-            final=final,
-            stride=stride,
-            mode=mode,
-        )
+        points = _named_grid(chosen, schedule, steps, spacing, int(steps_offset), final, mode)
     else:
         points = explicit_grid(schedule, grid, final=final)
     table = chosen(schedule, points, prediction=prediction, mode=mode, **options)
+    if chosen.convention == "euler" and not points.name.startswith("leading"):
+        # diffusers' init_noise_sigma: these classes start from the noise alone.
+        sigma = float(schedule.marginal(points.lambdas[0])[1])
+        table = replace(table, init_scale=sigma)
     return table if guidance_scale == 1 else table.with_guidance(guidance_scale)
+
+
+def _named_grid(
+    solver: Solver,
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str,
+    steps_offset: int,
+    final: str,
+    mode: str,
+) -> TimeGrid:
+    if spacing == "lcm":
+        return lcm_grid(schedule, steps)
+    discrete = isinstance(schedule, DiscreteVP)
+    if not discrete and spacing in ("leading", "trailing"):
+        spacing = "linspace"  # in continuous time there is one uniform grid
+    return make_grid(
+        schedule,
+        steps,
+        spacing,
+        convention=solver.convention,
+        steps_offset=steps_offset,
+        final=final,
+        stride=solver.stride and discrete and mode == "parity" and spacing not in LEVEL_SPACINGS,
+        mode=mode,
+    )

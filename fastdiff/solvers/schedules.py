@@ -8,12 +8,11 @@ variance exploding, flow) differs from another in the second map only.
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +30,8 @@ class NoiseSchedule(ABC):
     name: str
     t_min: float
     t_max: float
+    # The spacing its models are used with, where that does not depend on the solver.
+    spacing: ClassVar[str | None] = None
 
     @abstractmethod
     def lambda_at(self, t: ArrayLike) -> np.ndarray:
@@ -52,6 +53,14 @@ class NoiseSchedule(ABC):
         """sigma_t."""
         return self.marginal(self.lambda_at(t))[1]
 
+    def between(self, fraction: np.ndarray) -> np.ndarray:
+        """Times a fraction of the way from t_max (0) to t_min (1): what "linspace" is made of."""
+        return self.t_max + np.asarray(fraction, dtype=np.float64) * (self.t_min - self.t_max)
+
+    def init_scale(self, lam: float) -> float:
+        """The deviation of the state a run starts from, at lambda: x_T = init_scale*z."""
+        return float(self.marginal(lam)[1])
+
     def _check_times(self, t: np.ndarray) -> None:
         if not np.all(np.isfinite(t)):
             raise ValueError(f"t must be finite, got {t}")
@@ -59,7 +68,7 @@ class NoiseSchedule(ABC):
             raise ValueError(f"t must be in {self.t_min:g}..{self.t_max:g}, got {t}")
 
 
-def _vp_marginal(lam: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def vp_marginal(lam: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """alpha^2 = sigmoid(2 lambda), sigma^2 = sigmoid(-2 lambda), without overflow."""
     lam = np.asarray(lam, dtype=np.float64)
     small = np.exp(-2.0 * np.abs(lam))  # the smaller of the two odds, in 0..1
@@ -137,7 +146,11 @@ class DiscreteVP(NoiseSchedule):
 
     def marginal(self, lam: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """alpha = sqrt(sigmoid(2 lambda)), sigma = sqrt(sigmoid(-2 lambda))."""
-        return _vp_marginal(lam)
+        return vp_marginal(lam)
+
+    def init_scale(self, lam: float) -> float:
+        """1: the state of unit-variance data has unit variance at every level."""
+        return 1.0
 
 
 def from_alphas_cumprod(
@@ -196,31 +209,23 @@ def cosine(num_timesteps: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
     return from_betas(betas, name="cosine")
 
 
-SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
-    "linear": linear,
-    "scaled_linear": scaled_linear,
-    "cosine": cosine,
-    "squaredcos_cap_v2": cosine,
-}
+def sigmoid(
+    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> DiscreteVP:
+    """Betas along a sigmoid over -6..6 (GeoDiff, arXiv 2203.02923; ``sigmoid`` in diffusers)."""
+    u = 1.0 / (1.0 + np.exp(-np.linspace(-6, 6, num_timesteps)))
+    return from_betas(u * (beta_end - beta_start) + beta_start, name="sigmoid")
 
 
-def get_schedule(schedule: str | NoiseSchedule) -> NoiseSchedule:
-    """A schedule by name, or the one given; ValueError for an unknown name."""
-    if isinstance(schedule, NoiseSchedule):
-        return schedule
-    if not isinstance(schedule, str):
-        raise TypeError(
-            f"schedule must be a name or a NoiseSchedule, got {type(schedule).__name__}"
-        )
-    if schedule not in SCHEDULES:
-        raise ValueError(unknown("schedule", schedule, list(SCHEDULES)))
-    return _named(schedule)
+def zero_terminal_snr(schedule: DiscreteVP) -> DiscreteVP:
+    """The schedule rescaled so that its last timestep is pure noise (arXiv 2305.08891, alg. 1).
 
-
-@functools.cache
-def _named(name: str) -> NoiseSchedule:
-    """One object per name, so that what is cached by schedule is found again."""
-    return SCHEDULES[name]()
+    sqrt(alphas_cumprod) is shifted to end at 0 and scaled to start where it did. Needs a v or x0
+    model.
+    """
+    roots = np.sqrt(schedule.alphas_cumprod)
+    roots = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
+    return DiscreteVP(f"{schedule.name}, zero SNR", roots**2)
 
 
 def unknown(arg: str, value: str, known: Sequence[str]) -> str:

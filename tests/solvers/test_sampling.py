@@ -351,7 +351,7 @@ Y = {"y": torch.ones(2)}
         (ValueError, "timesteps must decrease", {"grid": [1, 2]}),
         (ValueError, r"0\.\.999", {"grid": [5000, 2]}),
         (ValueError, "spacing must be", {"grid": "uniform"}),
-        (ValueError, "prediction must be", {"prediction": "score"}),
+        (ValueError, "prediction must be", {"prediction": "noise"}),
         (ValueError, "seed and generator", {"seed": 0, "generator": torch.Generator()}),
         (TypeError, "seed must be", {"seed": "a"}),
         (TypeError, "seed must be", {"seed": 1.5}),
