@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,20 @@ def test_readme_example_runs():
     )
     # Image 2 of the batch used seed 0 + 2.
     torch.testing.assert_close(names["x"][2:3], one, rtol=0, atol=1e-4)
+
+
+def test_readmes_other_examples_run():
+    diffusers = pytest.importorskip("diffusers")
+    _, own_model, pipeline = blocks("README.md")
+    names: dict = {}
+    exec(compile(own_model, "README.md", "exec"), names)
+    assert names["latents"].shape == (2, 4, 64, 64)
+    assert names["latents"].isfinite().all()
+    pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear"))
+    exec(compile(pipeline, "README.md", "exec"), {"pipe": pipe})
+    assert isinstance(pipe.scheduler, diffusers.DPMSolverMultistepScheduler)
+    assert pipe.scheduler.config.beta_schedule == "scaled_linear"
+    assert type(pipe.scheduler).__module__.startswith("fastdiff")
 
 
 def test_contributing_solver_is_the_sde_form_of_ddpm():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from fastdiff._ext import DTYPE_CODES, ext, ext_status
 from fastdiff._philox import device_seeds
 from fastdiff.solvers.grids import check_choice
 from fastdiff.solvers.noise import Noise, PhiloxNoise
-from fastdiff.solvers.table import PackedTable, SolverTable, Update
+from fastdiff.solvers.table import PackedTable, Row, SolverTable, Update
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,8 @@ def run_reference(
         if copies == 2:
             uncond, cond = output[:batch], output[batch:]
             output = uncond + (cond - uncond) * row.guidance_scale
-        prediction = _sum([(row.from_state, feed), (row.from_output, output)], like=x)
         z = noise.draw(row.draw) if noise is not None and row.draw >= 0 else None
-        new = [_update(update, registers, prediction, z, x) for update in row.updates]
+        new, prediction = _row_values(row, registers, output, z)
         for update, value in zip(row.updates, new, strict=True):
             registers[update.dest] = value
         state = registers[0]
@@ -111,9 +110,28 @@ def run_reference(
     return result.clone() if result is x else result
 
 
+def _row_values(
+    row: Row, registers: Sequence[Tensor | None], output: Tensor, z: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """What the row's updates give, and its prediction."""
+    feed = registers[row.feed]
+    assert feed is not None  # the table's validation
+    prediction = _sum([(row.from_state, feed), (row.from_output, output)], like=feed)
+    return [_update(u, registers, prediction, z, feed) for u in row.updates], prediction
+
+
+def step_reference(
+    row: Row, registers: Sequence[Tensor], output: Tensor, noise: Tensor | None
+) -> None:
+    """One row, in place on the registers, with plain torch operations."""
+    new, _ = _row_values(row, registers, output, noise)
+    for update, value in zip(row.updates, new, strict=True):
+        registers[update.dest].copy_(value)
+
+
 def _update(
     update: Update,
-    registers: list[Tensor | None],
+    registers: Sequence[Tensor | None],
     prediction: Tensor,
     z: Tensor | None,
     like: Tensor,
@@ -168,7 +186,8 @@ def run(
 _NATIVE: weakref.WeakKeyDictionary[PackedTable, Any] = weakref.WeakKeyDictionary()
 
 
-def _native(module: ModuleType, packed: PackedTable) -> Any:
+def native_table(module: ModuleType, packed: PackedTable) -> Any:
+    """The extension's copy of a packed table, made once."""
     native = _NATIVE.get(packed)
     if native is None:
         native = module.PackedTable(
@@ -248,7 +267,7 @@ def _run_cpp(
         }
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         module.sampling_loop(
-            table=_native(module, packed),
+            table=native_table(module, packed),
             evaluate=evaluate,
             inputs=inputs,
             like=inputs[0],

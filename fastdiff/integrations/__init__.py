@@ -1,0 +1,1 @@
+"""fastdiff inside other libraries. Nothing here is imported by ``import fastdiff``."""
