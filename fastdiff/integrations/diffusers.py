@@ -19,6 +19,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import diffusers
 import numpy as np
 import torch
+from diffusers.schedulers import (
+    scheduling_ddim,
+    scheduling_ddpm,
+    scheduling_deis_multistep,
+    scheduling_dpmsolver_multistep,
+    scheduling_euler_ancestral_discrete,
+    scheduling_euler_discrete,
+    scheduling_flow_match_euler_discrete,
+    scheduling_heun_discrete,
+    scheduling_lcm,
+    scheduling_lms_discrete,
+    scheduling_unipc_multistep,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -57,6 +70,10 @@ class _TableStep:
         previous_timestep: Any
         _init_step_index: Any
         step: Any
+
+    # The output class, and whether it has the predicted x0.
+    _result: ClassVar[Any]
+    _gives_x0: ClassVar[bool] = True
 
     # What diffusers draws noise in; None: the model output's dtype.
     _noise_dtype: ClassVar[torch.dtype | None] = None
@@ -135,6 +152,45 @@ class _TableStep:
             return following.to(sample.dtype), prediction.to(sample.dtype)
         return following, prediction
 
+    def _output(self, return_dict: bool, following: Tensor, prediction: Tensor) -> Any:
+        """What diffusers' class returns: its output object, or a tuple."""
+        results = (following, prediction) if self._gives_x0 else (following,)
+        return self._result(*results) if return_dict else results
+
+
+class _PlainStep(_TableStep):
+    """``step`` of the classes that draw no noise."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> Any:
+        """As diffusers' own."""
+        if self.fastdiff_reason:
+            return super().step(model_output, timestep, sample, return_dict=return_dict)
+        return self._output(return_dict, *self._advance(model_output, timestep, sample))
+
+
+class _NoisyStep(_TableStep):
+    """``step`` of the classes that draw noise in every step."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As diffusers' own."""
+        if self.fastdiff_reason:
+            return super().step(model_output, timestep, sample, generator, return_dict=return_dict)
+        results = self._advance(model_output, timestep, sample, generator)
+        return self._output(return_dict, *results)
+
 
 class _SigmaList(_TableStep):
     """Classes that step through ``self.sigmas``."""
@@ -177,6 +233,9 @@ class _SigmaList(_TableStep):
 class DPMSolverMultistepScheduler(_SigmaList, diffusers.DPMSolverMultistepScheduler):
     """diffusers' class of this name; the third-order SDE has the sign right that it has wrong."""
 
+    _result = scheduling_dpmsolver_multistep.SchedulerOutput
+    _gives_x0 = False
+
     _noise_dtype = torch.float32
 
     def _unsupported(self) -> str:
@@ -212,12 +271,15 @@ class DPMSolverMultistepScheduler(_SigmaList, diffusers.DPMSolverMultistepSchedu
             return super().step(
                 model_output, timestep, sample, generator, variance_noise, return_dict
             )
-        following, _ = self._advance(model_output, timestep, sample, generator, variance_noise)
-        return _output("dpmsolver_multistep", "SchedulerOutput", return_dict, following)
+        results = self._advance(model_output, timestep, sample, generator, variance_noise)
+        return self._output(return_dict, *results)
 
 
-class UniPCMultistepScheduler(_SigmaList, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(_PlainStep, _SigmaList, diffusers.UniPCMultistepScheduler):
     """diffusers' class of this name."""
+
+    _result = scheduling_unipc_multistep.SchedulerOutput
+    _gives_x0 = False
 
     def _unsupported(self) -> str:
         if self.config.solver_p is not None:
@@ -236,22 +298,12 @@ class UniPCMultistepScheduler(_SigmaList, diffusers.UniPCMultistepScheduler):
             disable_corrector=tuple(i - start for i in self.config.disable_corrector),
         )
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-    ) -> Any:
-        """As diffusers' own."""
-        if self.fastdiff_reason:
-            return super().step(model_output, timestep, sample, return_dict)
-        following, _ = self._advance(model_output, timestep, sample)
-        return _output("unipc_multistep", "SchedulerOutput", return_dict, following)
 
-
-class DEISMultistepScheduler(_SigmaList, diffusers.DEISMultistepScheduler):
+class DEISMultistepScheduler(_PlainStep, _SigmaList, diffusers.DEISMultistepScheduler):
     """diffusers' class of this name, without what its float32 coefficients lose."""
+
+    _result = scheduling_deis_multistep.SchedulerOutput
+    _gives_x0 = False
 
     def _table(self, start: int) -> SolverTable:
         return deis(
@@ -262,22 +314,11 @@ class DEISMultistepScheduler(_SigmaList, diffusers.DEISMultistepScheduler):
             lower_order_final=self.config.lower_order_final,
         )
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-    ) -> Any:
-        """As diffusers' own."""
-        if self.fastdiff_reason:
-            return super().step(model_output, timestep, sample, return_dict)
-        following, _ = self._advance(model_output, timestep, sample)
-        return _output("deis_multistep", "SchedulerOutput", return_dict, following)
-
 
 class EulerDiscreteScheduler(_SigmaList, diffusers.EulerDiscreteScheduler):
     """diffusers' class of this name; churn (``s_churn`` > 0) runs its own step."""
+
+    _result = scheduling_euler_discrete.EulerDiscreteSchedulerOutput
 
     _timesteps_set = True
     _variance_preserving = False
@@ -303,13 +344,15 @@ class EulerDiscreteScheduler(_SigmaList, diffusers.EulerDiscreteScheduler):
                 model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
                 return_dict,
             )  # fmt: skip
-        following, x0 = self._advance(model_output, timestep, sample)
-        name = "EulerDiscreteSchedulerOutput"
-        return _output("euler_discrete", name, return_dict, following, x0)
+        return self._output(return_dict, *self._advance(model_output, timestep, sample))
 
 
-class EulerAncestralDiscreteScheduler(_SigmaList, diffusers.EulerAncestralDiscreteScheduler):
+class EulerAncestralDiscreteScheduler(
+    _NoisyStep, _SigmaList, diffusers.EulerAncestralDiscreteScheduler
+):
     """diffusers' class of this name."""
+
+    _result = scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
 
     _timesteps_set = True
     _variance_preserving = False
@@ -317,24 +360,11 @@ class EulerAncestralDiscreteScheduler(_SigmaList, diffusers.EulerAncestralDiscre
     def _table(self, start: int) -> SolverTable:
         return ddim(self._schedule(), self._grid(start), prediction=self._kind(), eta=1.0)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """As diffusers' own."""
-        if self.fastdiff_reason:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        following, x0 = self._advance(model_output, timestep, sample, generator)
-        name = "EulerAncestralDiscreteSchedulerOutput"
-        return _output("euler_ancestral_discrete", name, return_dict, following, x0)
 
-
-class HeunDiscreteScheduler(_SigmaList, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(_PlainStep, _SigmaList, diffusers.HeunDiscreteScheduler):
     """diffusers' class of this name."""
+
+    _result = scheduling_heun_discrete.HeunDiscreteSchedulerOutput
 
     _variance_preserving = False
 
@@ -349,26 +379,14 @@ class HeunDiscreteScheduler(_SigmaList, diffusers.HeunDiscreteScheduler):
             raise ValueError(f"the first step must be an even number in the list, got {start}")
         return table
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-    ) -> Any:
-        """As diffusers' own."""
-        if self.fastdiff_reason:
-            return super().step(model_output, timestep, sample, return_dict)
-        following, x0 = self._advance(model_output, timestep, sample)
-        name = "HeunDiscreteSchedulerOutput"
-        return _output("heun_discrete", name, return_dict, following, x0)
-
 
 class LMSDiscreteScheduler(_SigmaList, diffusers.LMSDiscreteScheduler):
     """diffusers' class of this name, started with order 1 wherever in the list it starts.
 
     diffusers', started part of the way, takes the weights of order 4 for the one evaluation it has.
     """
+
+    _result = scheduling_lms_discrete.LMSDiscreteSchedulerOutput
 
     _variance_preserving = False
 
@@ -389,12 +407,14 @@ class LMSDiscreteScheduler(_SigmaList, diffusers.LMSDiscreteScheduler):
             return super().step(model_output, timestep, sample, order, return_dict)
         sigma = self.sigmas[self._index(timestep)]
         following, eps = self._advance(model_output, timestep, sample, options=(order,))
-        name = "LMSDiscreteSchedulerOutput"
-        return _output("lms_discrete", name, return_dict, following, sample - sigma * eps)
+        return self._output(return_dict, following, sample - sigma * eps)
 
 
 class FlowMatchEulerDiscreteScheduler(_SigmaList, diffusers.FlowMatchEulerDiscreteScheduler):
     """diffusers' class of this name; stochastic sampling and per-token times run its own step."""
+
+    _result = scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput
+    _gives_x0 = False
 
     def _unsupported(self) -> str:
         return "stochastic_sampling is set" if self.config.stochastic_sampling else ""
@@ -427,9 +447,7 @@ class FlowMatchEulerDiscreteScheduler(_SigmaList, diffusers.FlowMatchEulerDiscre
                 model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
                 per_token_timesteps, return_dict,
             )  # fmt: skip
-        following, _ = self._advance(model_output, timestep, sample)
-        name = "FlowMatchEulerDiscreteSchedulerOutput"
-        return _output("flow_match_euler_discrete", name, return_dict, following)
+        return self._output(return_dict, *self._advance(model_output, timestep, sample))
 
 
 class _TimestepList(_TableStep):
@@ -455,6 +473,8 @@ class _TimestepList(_TableStep):
 
 class DDIMScheduler(_TimestepList, diffusers.DDIMScheduler):
     """diffusers' class of this name (with ``clip_sample=False``, as Stable Diffusion has it)."""
+
+    _result = scheduling_ddim.DDIMSchedulerOutput
 
     def _table(self, start: int) -> SolverTable:
         (eta,) = self._options
@@ -484,14 +504,14 @@ class DDIMScheduler(_TimestepList, diffusers.DDIMScheduler):
                 variance_noise, return_dict,
             )  # fmt: skip
         options = (float(eta),)
-        following, x0 = self._advance(
-            model_output, timestep, sample, generator, variance_noise, options
-        )
-        return _output("ddim", "DDIMSchedulerOutput", return_dict, following, x0)
+        results = self._advance(model_output, timestep, sample, generator, variance_noise, options)
+        return self._output(return_dict, *results)
 
 
-class DDPMScheduler(_TimestepList, diffusers.DDPMScheduler):
+class DDPMScheduler(_NoisyStep, _TimestepList, diffusers.DDPMScheduler):
     """diffusers' class of this name (with ``clip_sample=False``)."""
+
+    _result = scheduling_ddpm.DDPMSchedulerOutput
 
     _timesteps_set = True
 
@@ -512,23 +532,11 @@ class DDPMScheduler(_TimestepList, diffusers.DDPMScheduler):
             variance_type=self.config.variance_type,
         )
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """As diffusers' own."""
-        if self.fastdiff_reason:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        following, x0 = self._advance(model_output, timestep, sample, generator)
-        return _output("ddpm", "DDPMSchedulerOutput", return_dict, following, x0)
 
-
-class LCMScheduler(_SigmaList, diffusers.LCMScheduler):
+class LCMScheduler(_NoisyStep, _SigmaList, diffusers.LCMScheduler):
     """diffusers' class of this name (with ``clip_sample=False``, its default)."""
+
+    _result = scheduling_lcm.LCMSchedulerOutput
 
     def _levels(self) -> tuple[np.ndarray, np.ndarray]:
         times = self.timesteps.double().cpu().numpy()
@@ -542,32 +550,9 @@ class LCMScheduler(_SigmaList, diffusers.LCMScheduler):
             timestep_scaling=self.config.timestep_scaling,
         )
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """As diffusers' own."""
-        if self.fastdiff_reason:
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        following, denoised = self._advance(model_output, timestep, sample, generator)
-        return _output("lcm", "LCMSchedulerOutput", return_dict, following, denoised)
-
 
 def _lambda(alphas_cumprod: Tensor, times: np.ndarray) -> np.ndarray:
     """ln(alpha/sigma) at whole timesteps, those below 0 taken as 0; -inf where nothing is left."""
     a = alphas_cumprod.double().cpu().numpy()[np.maximum(times, 0).astype(np.int64)]
     with np.errstate(divide="ignore"):
         return 0.5 * (np.log(np.maximum(a, 0.0)) - np.log1p(-a))
-
-
-def _output(module: str, name: str, return_dict: bool, following: Tensor, *more: Tensor) -> Any:
-    """What diffusers' class returns: its output object, or a tuple."""
-    if not return_dict:
-        return (following, *more)
-    where = getattr(diffusers.schedulers, f"scheduling_{module}")
-    kind = getattr(where, name)
-    return kind(following, *more)
