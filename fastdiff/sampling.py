@@ -380,11 +380,8 @@ class _Evaluate:
         channels_last = state.dim() == 4 and state.is_contiguous(memory_format=torch.channels_last)
         if channels_last and not state.is_contiguous():
             self._format = torch.channels_last
-        whole = all(time.is_integer() for time in map(float, table.times))
-        kind = torch.int64 if whole else state_dtype(dtype)
-        times = torch.tensor(table.times, dtype=torch.float64).to(kind).to(state.device)
-        # One row of [N, B] per step, so that a step makes no tensor of its own.
-        self._times = times[:, None].expand(-1, self._shape[0]).contiguous().unbind(0)
+        # One tensor per step, made before the run.
+        self._times = table.time_tensors(self._shape[0], state_dtype(dtype), state.device)
 
     def layout(self, tensor: Tensor) -> Tensor:
         """``tensor`` in the run's memory format."""

@@ -227,9 +227,9 @@ def _run_cpp(
     packed = table.pack()
     x = x.contiguous(memory_format=_format(x))  # one of the two orders the kernels know
     registers = [x.clone(), *(torch.empty_like(x) for _ in range(1, table.num_registers))]
-    direct = dtype == x.dtype and copies == 1 and all(r.input_scale == 1 for r in table.rows)
+    direct = dtype == x.dtype and copies == 1 and not table.scales_inputs
     if direct:
-        inputs = [registers[row.feed] for row in table.rows]
+        inputs = [registers[feed] for feed in table.feeds]
         buffer = None
     else:
         first = registers[table.rows[0].feed]

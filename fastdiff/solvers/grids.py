@@ -13,7 +13,10 @@ spacing    "ddim" (DDIM, DDPM, PNDM)              "dpm" (DPM-Solver, UniPC, DEIS
 linspace   linspace(0, T-1, N)                    linspace(0, T-1, N+1) without the 0
 leading    (0..N-1) * (T // N) + steps_offset     (1..N) * (T // (N+1)) + steps_offset
 trailing   round(arange(T, 0, -T/N)) - 1          the same
+quadratic  floor(linspace(0, sqrt(0.8 T), N)^2)   the same
 =========  =====================================  ========================================
+
+(quadratic: the DDIM authors' code, which leaves the noisiest fifth of the timesteps out.)
 
 "euler" (Euler, Heun, LMS) is "ddim" without the rounding of linspace; between whole timesteps
 sigma/alpha is linear in t, and level spacings hand the model fractional times.
@@ -33,9 +36,14 @@ import numpy as np
 
 from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule, unknown
 
-TIME_SPACINGS = ("linspace", "leading", "trailing")
+TIME_SPACINGS = ("linspace", "leading", "trailing", "quadratic")
 LEVEL_SPACINGS = ("karras", "lambda", "exponential", "beta")
-SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS)
+# "Align your steps" (arXiv 2404.14507): the timesteps found for ten steps with each model.
+AYS_TIMESTEPS: dict[str, tuple[int, ...]] = {
+    "ays_sd15": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
+    "ays_sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
+}
+SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS, *AYS_TIMESTEPS)
 CONVENTIONS = ("ddim", "dpm", "euler")
 FINALS = ("zero", "sigma_min")
 MODES = ("parity", "exact")
@@ -137,9 +145,10 @@ def check_steps(steps: int, most: int | None = None) -> None:
 def timesteps(
     num_timesteps: int, steps: int, spacing: str, convention: str = "ddim", steps_offset: int = 0
 ) -> np.ndarray:
-    """The timesteps of linspace, leading or trailing spacing, descending, float64 [N].
+    """The timesteps of a time spacing, descending, float64 [N].
 
-    See the table at the top of this file for ``convention``; ``steps_offset`` acts on "leading".
+    See the table at the top of this file for ``convention``; ``steps_offset`` acts on "leading" and
+    "quadratic".
     """
     check_choice("spacing", spacing, TIME_SPACINGS)
     check_choice("convention", convention, CONVENTIONS)
@@ -151,6 +160,9 @@ def timesteps(
     if spacing == "leading":
         ratio = num_timesteps // (steps + extra)
         return (np.arange(extra, steps + extra) * float(ratio) + steps_offset)[::-1].copy()
+    if spacing == "quadratic":
+        ramp = np.linspace(0.0, 1.0, steps) if steps > 1 else np.ones(1)
+        return np.floor((ramp * math.sqrt(0.8 * num_timesteps)) ** 2)[::-1] + steps_offset
     # arange's own length can be one too many when T/N is not exact in binary.
     points = np.round(num_timesteps - np.arange(steps) * (num_timesteps / steps))
     return points - 1
@@ -170,11 +182,13 @@ def make_grid(
 ) -> TimeGrid:
     """A grid by the name of its spacing.
 
-    spacing: "linspace", "leading", "trailing": times, see the top of this file.
+    spacing: "linspace", "leading", "trailing", "quadratic": times, see the top of this file.
         "karras": sigma/alpha between the schedule's ends by the rho rule of EDM (arXiv 2206.00364,
         equation 5). "lambda": uniform in lambda (DPM-Solver, arXiv 2206.00927, section 3.3), and
         "exponential" its other name, with the conventions diffusers has under that one. "beta":
         sigma/alpha at the quantiles of Beta(0.6, 0.6) (arXiv 2407.12173; needs SciPy).
+        "ays_sd15", "ays_sdxl": those of "Align your steps" (arXiv 2404.14507); for other numbers
+        of steps than ten, lambda is interpolated.
     final: "zero": the last step goes to the clean sample. "sigma_min": to the noise of ``t_min``.
     stride: step i goes to ``t_i - T//N`` instead of to the next evaluation (DDIM in diffusers).
     mode: in "parity", these four hand the model whole timesteps and, with
@@ -192,6 +206,8 @@ def make_grid(
             raise ValueError(f"stride must be False for {spacing} spacing, got True")
         rounded = mode == "parity" and convention != "euler"
         return _level_grid(schedule, steps, spacing, final, mode, rounded, rho)
+    if spacing in AYS_TIMESTEPS:
+        return _ays_grid(schedule, steps, spacing, final)
     if not isinstance(schedule, DiscreteVP):
         if spacing != "linspace":
             raise TypeError(
@@ -253,6 +269,18 @@ def _beta_quantiles(probabilities: np.ndarray, shape: float = 0.6) -> np.ndarray
 
 def _end(schedule: NoiseSchedule, final: str) -> float:
     return math.inf if final == "zero" else float(schedule.lambda_at(schedule.t_min))
+
+
+def _ays_grid(schedule: NoiseSchedule, steps: int, spacing: str, final: str) -> TimeGrid:
+    if not isinstance(schedule, DiscreteVP) or schedule.num_timesteps != 1000:
+        raise ValueError(
+            f"schedule must have 1000 timesteps for {spacing} spacing, got {schedule.name}"
+        )
+    known = schedule.lambda_at(AYS_TIMESTEPS[spacing])
+    places = np.linspace(0, len(known) - 1, steps) if steps > 1 else np.zeros(1)
+    times = np.round(schedule.time_at(np.interp(places, np.arange(len(known)), known)))
+    lambdas = schedule.lambda_at(times)
+    return TimeGrid(spacing, times, lambdas, np.append(lambdas[1:], _end(schedule, final)), steps)
 
 
 def _linear_in_sigma(schedule: DiscreteVP, times: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpm_solver import dpm_multistep
 from fastdiff.solvers.grids import (
     FINALS,
-    LEVEL_SPACINGS,
     TimeGrid,
     check_choice,
     explicit_grid,
@@ -127,8 +126,8 @@ def make_table(
     solver: a name in SOLVERS. schedule: a name in SCHEDULES, or a NoiseSchedule.
     steps: the number of model evaluations; not used when ``grid`` says where they are.
     grid: None (the schedule's own spacing, or the solver's), the name of a spacing ("linspace",
-        "leading", "trailing", "karras", "lambda", "exponential", "beta", "lcm"), a list of
-        decreasing timesteps, or a TimeGrid.
+        "leading", "trailing", "quadratic", "karras", "lambda", "exponential", "beta",
+        "ays_sd15", "ays_sdxl", "lcm"), a list of decreasing timesteps, or a TimeGrid.
     prediction: what the model predicts: "eps", "v", "x0", "flow", "score" or "edm".
     mode: "parity" gives what diffusers gives, quirks included; "exact" the paper's mathematics.
     options: the solver's own (``Solver.options()`` lists them) and the grid's: ``steps_offset``,
@@ -187,6 +186,7 @@ def _named_grid(
     discrete = isinstance(schedule, DiscreteVP)
     if not discrete and spacing in ("leading", "trailing"):
         spacing = "linspace"  # in continuous time there is one uniform grid
+    equal_strides = discrete and spacing in ("linspace", "leading", "trailing")
     return make_grid(
         schedule,
         steps,
@@ -194,6 +194,6 @@ def _named_grid(
         convention=solver.convention,
         steps_offset=steps_offset,
         final=final,
-        stride=solver.stride and discrete and mode == "parity" and spacing not in LEVEL_SPACINGS,
+        stride=solver.stride and mode == "parity" and equal_strides,
         mode=mode,
     )

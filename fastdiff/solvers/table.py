@@ -194,10 +194,45 @@ class SolverTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def times(self) -> tuple[float, ...]:
         """The times handed to the model, in row order."""
         return tuple(row.time for row in self.rows)
+
+    @functools.cached_property
+    def feeds(self) -> tuple[int, ...]:
+        """The register that feeds the model, in row order."""
+        return tuple(row.feed for row in self.rows)
+
+    @functools.cached_property
+    def scales_inputs(self) -> bool:
+        """Whether any row scales what it feeds the model."""
+        return any(row.input_scale != 1 for row in self.rows)
+
+    def time_tensors(
+        self, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
+        """The time of each row as a tensor [batch]: int64 when all are whole, else ``dtype``.
+
+        The last ones are kept, and made again when somebody has written to them.
+        """
+        key = (batch, dtype, device)
+        kept = self._kept_times
+        if kept and kept["key"] == key and kept["all"]._version == kept["version"]:
+            rows: tuple[torch.Tensor, ...] = kept["rows"]
+            return rows
+        whole = all(float(time).is_integer() for time in self.times)
+        kind = torch.int64 if whole else dtype
+        with torch.inference_mode(False):
+            times = torch.tensor(self.times, dtype=torch.float64).to(kind).to(device)
+            times = times[:, None].expand(-1, batch).contiguous()
+            rows = times.unbind(0)
+        kept |= {"key": key, "all": times, "version": times._version, "rows": rows}
+        return rows
+
+    @functools.cached_property
+    def _kept_times(self) -> dict[str, Any]:
+        return {}
 
     def pack(self) -> PackedTable:
         """The table as read-only arrays; see :class:`PackedTable`. Made once per table."""

@@ -58,6 +58,8 @@ def test_cosine_schedule_is_the_papers_curve():
         (lambda: make_grid(solvers.linear(), 10, "leading", steps_offset=200), "steps_offset"),
         (lambda: make_grid(solvers.linear(), 1000, "leading", convention="dpm"), "fewer steps"),
         (lambda: make_grid(solvers.linear(), 10, "krras"), "karras"),
+        (lambda: make_grid(solvers.linear(100), 10, "ays_sd15"), "1000 timesteps"),
+        (lambda: make_grid(solvers.linear(), 200, "quadratic"), "fewer steps"),
         (lambda: solvers.explicit_grid(solvers.linear(), [1, 2]), "decrease"),
         (lambda: solvers.explicit_grid(solvers.linear(), []), "non-empty"),
         (lambda: solvers.explicit_grid(solvers.linear(), [1000.0, 1]), r"0\.\.999"),
@@ -98,6 +100,27 @@ def test_every_table_is_finite(solver, spacing, mode, steps):
     evaluations = {"heun": 2 * steps - 1, "pndm": steps + (steps > 1)}
     assert len(table) == evaluations.get(solver, steps)
     assert all(0 <= t <= 999 for t in table.times)
+
+
+def test_quadratic_spacing_is_the_ddim_authors():
+    expected = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), 10) ** 2][::-1]
+    table = make_table("ddim", "linear", 10, grid="quadratic")
+    assert list(table.times) == expected
+    # Steps join: the rule t - T//N is for equal strides.
+    grid = make_grid(solvers.linear(), 10, "quadratic")
+    assert table.rows == solvers.ddim(solvers.linear(), grid).rows
+    assert make_table("ddim", "linear", 1, grid="quadratic").times == (800.0,)
+
+
+def test_aligned_steps_are_the_published_ones():
+    scheduling = pytest.importorskip("diffusers.schedulers.scheduling_utils")
+    for name, theirs in (("ays_sd15", "StableDiffusion"), ("ays_sdxl", "StableDiffusionXL")):
+        table = make_table("dpmpp_2m", "scaled_linear", 10, grid=name)
+        assert list(table.times) == scheduling.AysSchedules[f"{theirs}Timesteps"]
+        for steps in (1, 2, 7, 25):
+            times = make_table("dpmpp_2m", "scaled_linear", steps, grid=name).times
+            assert len(times) == steps
+            assert times[0] == 999
 
 
 def test_noise_free_end_returns_the_prediction_itself():
@@ -261,3 +284,20 @@ def test_last_step_is_of_order_one_in_short_runs(steps, mode, lower):
     ).from_step(3)
     rest = make_table("dpmpp_2m", "linear", grid=grid, mode=mode)
     assert (rest.rows[-1].updates[0].from_registers[1] == 0) == lower
+
+
+def test_time_tensors_are_kept_until_somebody_writes_to_them():
+    table = make_table("dpmpp_2m", "linear", 5)
+    facts = (2, torch.float32, torch.device("cpu"))
+    first = table.time_tensors(*facts)
+    assert [t.tolist() for t in first] == [[int(time)] * 2 for time in table.times]
+    assert all(t.dtype == torch.int64 for t in first)
+    assert table.time_tensors(*facts)[0] is first[0]
+    first[3].add_(1)
+    again = table.time_tensors(*facts)
+    assert [t.tolist() for t in again] == [[int(time)] * 2 for time in table.times]
+    assert table.time_tensors(3, *facts[1:])[0].shape == (3,)
+    with torch.inference_mode():
+        assert table.time_tensors(*facts)[0].shape == (2,)
+    fractional = make_table("euler", "linear", 5, grid="karras")
+    assert fractional.time_tensors(1, torch.float64, facts[2])[1].dtype == torch.float64
