@@ -122,7 +122,8 @@ void bind_solver(py::module_& module) {
          const std::vector<uintptr_t>& registers, int state_dtype, int output_dtype,
          uintptr_t input, int input_dtype, int copies, const std::vector<uint64_t>& seeds,
          int64_t images, int64_t per_image, int threads, int64_t channels,
-         std::optional<uintptr_t> stream, uintptr_t device_seeds) {
+         std::optional<uintptr_t> stream, uintptr_t device_seeds, int first) {
+        require(first >= 0 && first < table.rows, "first must be a row, got " + std::to_string(first));
         StepTask task = make_task(table, registers, state_dtype, output_dtype, input, input_dtype,
                                   copies, seeds, images, per_image, channels);
         if (stream) task.seeds = reinterpret_cast<const uint64_t*>(device_seeds);
@@ -136,14 +137,15 @@ void bind_solver(py::module_& module) {
                         {std::move(evaluate), std::move(inputs), std::move(like), std::move(accept),
                          std::move(draw), std::move(on_step), stream.has_value(),
                          reinterpret_cast<void*>(stream.value_or(0))},
-                        threads);
+                        threads, first);
       },
       py::arg("table"), py::arg("evaluate"), py::arg("inputs"), py::arg("like"), py::arg("accept"),
       py::arg("draw"), py::arg("on_step"), py::arg("registers"), py::arg("state_dtype"),
       py::arg("output_dtype"), py::arg("input"), py::arg("input_dtype"), py::arg("copies"),
       py::arg("seeds"), py::arg("images"), py::arg("per_image"), py::arg("threads"),
       py::arg("channels") = 1, py::arg("stream") = py::none(), py::arg("device_seeds") = 0,
-      "Runs the table; returns the rows run. channels: 1, or C for channels-last memory (drawn noise "
+      py::arg("first") = 0,
+      "Runs the table from row `first`; returns the row after the last one run. channels: 1, or C for channels-last memory (drawn noise "
       "is numbered in contiguous order). stream: a CUDA stream for tensors on the current GPU (no "
       "synchronisation; the seeds are then uint64[images] on the GPU at device_seeds), None on the "
       "CPU.");

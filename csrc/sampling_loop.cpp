@@ -91,23 +91,28 @@ void launch(const StepTask& task, void* stream) {
 
 }  // namespace
 
-int run_loop(const PackedTable& table, StepTask task, const LoopArguments& arguments, int threads) {
+int run_loop(const PackedTable& table, StepTask task, const LoopArguments& arguments, int threads,
+             int first) {
   const Layout layout(arguments.like);
   const bool guided = task.copies == 2;
   const int64_t half = task.images * task.per_image * dtype_size(task.output_dtype);
   // Below this releasing the interpreter lock costs more than the step.
   const bool release = task.images * task.per_image > 256 * 1024;
-  for (int i = 0; i < table.rows; ++i) {
+  for (int i = first; i < table.rows; ++i) {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     table.fill(task, i);
 
-    const py::object index = steal(PyLong_FromLong(i));
-    PyObject* stack[2] = {PyList_GET_ITEM(arguments.inputs.ptr(), i), index.ptr()};
-    py::object output = steal(PyObject_Vectorcall(arguments.evaluate.ptr(), stack, 2, nullptr));
-    if (!layout.fits(output)) output = arguments.accept(output);
-    const auto* bytes = reinterpret_cast<const char*>(data_pointer(output, "model"));
-    task.uncond = guided ? bytes : nullptr;
-    task.output = guided ? bytes + half : bytes;
+    py::object output;
+    task.uncond = task.output = nullptr;
+    if (task.coef[2] != 0.0) {
+      const py::object index = steal(PyLong_FromLong(i));
+      PyObject* stack[2] = {PyList_GET_ITEM(arguments.inputs.ptr(), i), index.ptr()};
+      output = steal(PyObject_Vectorcall(arguments.evaluate.ptr(), stack, 2, nullptr));
+      if (!layout.fits(output)) output = arguments.accept(output);
+      const auto* bytes = reinterpret_cast<const char*>(data_pointer(output, "model"));
+      task.uncond = guided ? bytes : nullptr;
+      task.output = guided ? bytes + half : bytes;
+    }
 
     py::object noise;
     task.noise = nullptr;

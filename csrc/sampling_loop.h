@@ -38,11 +38,13 @@ struct LoopArguments {
   void* stream = nullptr;      // the CUDA stream the model runs on
 };
 
-// Runs rows 0..N-1, or until on_step returns False; returns the rows run. `task` holds the pointers
-// and sizes; `input` may be null when every row feeds its register as it is.
+// Runs rows first..N-1, or until on_step returns False; returns the number of the last one run, plus
+// one. `task` holds the pointers and sizes; `input` may be null when every row feeds its register as
+// it is. A row whose from_output is 0 does not evaluate the model.
 //
 // On the GPU every row is one launch on `stream`, and nothing waits for it: outputs and noise may be
 // freed on the host meanwhile when their allocator reuses memory in stream order, as PyTorch's does.
-int run_loop(const PackedTable& table, StepTask task, const LoopArguments& arguments, int threads);
+int run_loop(const PackedTable& table, StepTask task, const LoopArguments& arguments, int threads,
+             int first);
 
 }  // namespace fastdiff

@@ -15,13 +15,14 @@ pndm      the step's number   PLMS, arXiv 2202.09778 (equation 9): Adams-Bashfor
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from fastdiff.solvers.dpm_solver import FEW_STEPS
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
 from fastdiff.solvers.multistep import History, check_joined, check_order, phi
-from fastdiff.solvers.prediction import Step, canonical, steps_of, to_eps
+from fastdiff.solvers.prediction import Step, canonical, steps_of, table_of, to_eps
 from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -61,12 +62,13 @@ def _adams(
         updates = [Update(0, history.row(i, (from_x,), scaled[1:]), scaled[0])]
         if i < n - 1:
             updates += history.keep(i)
-        rows.append(Row(0, *step.model, tuple(updates)))
-    return SolverTable(
-        name=name,
-        num_registers=history.registers,
-        rows=tuple(rows),
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
+        rows.append(step.row(*updates))
+    return table_of(
+        name,
+        schedule,
+        grid,
+        rows,
+        registers=history.registers,
         prediction="eps",
         description=description,
     )
@@ -112,7 +114,7 @@ def deis(
         moments = [scale * math.factorial(k) * phi(k + 1, -h) for k in range(len(lambdas))]
         return _lagrange((lambdas - step.lam) / h) @ np.array(moments)
 
-    description = f"order {order}, {kind} model, {grid.name} grid, {mode}"
+    description = f"order {order}, {kind} model, {mode}"
     return _adams(schedule, grid, "deis", kind, orders, integrate, description)
 
 
@@ -141,7 +143,7 @@ def lms(
         return (to - rho) * (_lagrange(nodes) @ (1.0 / powers))
 
     orders = [min(order, i + 1) for i in range(len(grid))]
-    description = f"order {order}, {kind} model, {grid.name} grid, {mode}"
+    description = f"order {order}, {kind} model, {mode}"
     return _adams(schedule, grid, "lms", kind, orders, integrate, description)
 
 
@@ -184,8 +186,8 @@ def pndm(
 
     def add(at: Step, state: tuple[float, float], weights: list[float], *more: Update) -> None:
         update = Update(0, history.row(kept, state, weights[1:]), weights[0])
-        model = (at.time, at.input_scale, 0.0, 1.0) if raw else at.model
-        rows.append(Row(0, *model, (update, *more)))
+        at = replace(at, from_state=0.0, from_output=1.0) if raw else at
+        rows.append(at.row(update, *more))
 
     steps = list(steps_of(schedule, grid, kind, "eps"))
     kept = 0
@@ -206,11 +208,12 @@ def pndm(
             continue
         add(step, (a, 0.0), weights, *keep)
         kept += 1
-    return SolverTable(
-        name="pndm",
-        num_registers=history.registers,
-        rows=tuple(rows),
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
+    return table_of(
+        "pndm",
+        schedule,
+        grid,
+        rows,
+        registers=history.registers,
         prediction=kind if raw else "eps",
-        description=f"PLMS, {kind} model, {grid.name} grid, {mode}",
+        description=f"PLMS, {kind} model, {mode}",
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
-from fastdiff.solvers.prediction import canonical, steps_of
+from fastdiff.solvers.prediction import canonical, steps_of, table_of
 from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule
-from fastdiff.solvers.table import Row, SolverTable, Update
+from fastdiff.solvers.table import SolverTable, Update
 
 SIGMA_DATA = 0.5
 
@@ -67,22 +68,10 @@ def lcm(
         last = step.index == n - 1
         to, noise = (1.0, 0.0) if last else (step.alpha_to, step.sigma_to)
         rows.append(
-            Row(
-                0,
-                step.time,
-                step.input_scale,
-                skip + out * step.from_state,
-                out * step.from_output,
-                (Update(0, (0.0,), to, noise),),
-                draw=-1 if last else step.index,
-            )
+            replace(
+                step,
+                from_state=skip + out * step.from_state,
+                from_output=out * step.from_output,
+            ).row(Update(0, (0.0,), to, noise), draw=-1 if last else step.index)
         )
-    return SolverTable(
-        name="lcm",
-        num_registers=1,
-        rows=tuple(rows),
-        num_draws=n - 1,
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
-        prediction="x0",
-        description=f"{kind} model, {grid.name} grid, {mode}",
-    )
+    return table_of("lcm", schedule, grid, rows, description=f"{kind} model, {mode}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
-from fastdiff.solvers.prediction import Step, canonical, steps_of
+from fastdiff.solvers.prediction import Step, canonical, steps_of, table_of
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -61,7 +61,7 @@ def ddim(
     kind = canonical(prediction)
     if not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
         raise ValueError(f"eta must be in 0..1, got {eta}")
-    rows = []
+    rows: list[Row] = []
     draws = 0
     for step in steps_of(schedule, grid, kind):
         from_x, from_x0, std = posterior(step, eta)
@@ -69,13 +69,6 @@ def ddim(
         if std > 0 or (eta > 0 and mode == "parity"):
             draw, draws = draws, draws + 1
         update = Update(0, (from_x,), from_x0, std)
-        rows.append(Row(0, *step.model, (update,), draw=draw))
-    return SolverTable(
-        name="ddim",
-        num_registers=1,
-        rows=tuple(rows),
-        num_draws=draws,
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
-        prediction="x0",
-        description=f"eta={eta:g}, {kind} model, {grid.name} grid, {mode}",
-    )
+        rows.append(step.row(update, draw=draw))
+    description = f"eta={eta:g}, {kind} model, {mode}"
+    return table_of("ddim", schedule, grid, rows, description=description)

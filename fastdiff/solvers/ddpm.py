@@ -14,7 +14,7 @@ import math
 
 from fastdiff.solvers.ddim import posterior
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
-from fastdiff.solvers.prediction import canonical, steps_of
+from fastdiff.solvers.prediction import canonical, steps_of, table_of
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -43,7 +43,7 @@ def ddpm(
     check_choice("mode", mode, MODES)
     check_choice("variance_type", variance_type, VARIANCES)
     kind = canonical(prediction)
-    rows = []
+    rows: list[Row] = []
     draws = 0
     for step in steps_of(schedule, grid, kind):
         from_x, from_x0, std = posterior(step, eta=1.0)
@@ -56,13 +56,6 @@ def ddpm(
         if noisy:
             draw, draws = draws, draws + 1
         update = Update(0, (from_x,), from_x0, std if noisy else 0.0)
-        rows.append(Row(0, *step.model, (update,), draw=draw))
-    return SolverTable(
-        name="ddpm",
-        num_registers=1,
-        rows=tuple(rows),
-        num_draws=draws,
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
-        prediction="x0",
-        description=f"{variance_type}, {kind} model, {grid.name} grid, {mode}",
-    )
+        rows.append(step.row(update, draw=draw))
+    description = f"{variance_type}, {kind} model, {mode}"
+    return table_of("ddpm", schedule, grid, rows, description=description)

@@ -34,7 +34,7 @@ import math
 
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
 from fastdiff.solvers.multistep import History, check_joined, check_order, phi
-from fastdiff.solvers.prediction import Step, canonical, steps_of
+from fastdiff.solvers.prediction import Step, canonical, steps_of, table_of
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -147,17 +147,14 @@ def dpm_multistep(
         updates = [Update(0, history.row(i, (from_x,), weights[1:]), weights[0], noise)]
         if i < n - 1:
             updates += history.keep(i)
-        rows.append(Row(0, *step.model, tuple(updates), draw=draw))
+        rows.append(step.row(*updates, draw=draw))
     name = {"dpmsolver++": "dpmpp", "dpmsolver": "dpm"}[algorithm_type.removeprefix("sde-")]
-    return SolverTable(
-        name=f"{name}_1{'_sde' * sde}" if order == 1 else f"{name}_{order}m{'_sde' * sde}",
-        num_registers=history.registers,
-        rows=tuple(rows),
-        num_draws=draws,
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
+    return table_of(
+        f"{name}_1{'_sde' * sde}" if order == 1 else f"{name}_{order}m{'_sde' * sde}",
+        schedule,
+        grid,
+        rows,
+        registers=history.registers,
         prediction=wanted,
-        description=(
-            f"{algorithm_type}, order {order}, {solver_type}, "
-            f"{kind} model, {grid.name} grid, {mode}"
-        ),
+        description=f"{algorithm_type}, order {order}, {solver_type}, {kind} model, {mode}",
     )

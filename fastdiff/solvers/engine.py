@@ -30,8 +30,10 @@ class StepInfo:
     index: 0..total-1. time: the time the model was given.
     x: the state after the step, in the state's dtype; a view of memory the next step overwrites:
         clone it to keep it.
-    prediction: the solver's prediction in this step (x0 for all solvers here), or None when the
-        engine does not keep it.
+    prediction: the solver's prediction in this step (``table.prediction`` says of what), or None
+        when the engine does not keep it.
+    registers: all registers, state first; views too, None where nothing is written yet.
+    level: (alpha, sigma) of ``x``, where the table knows it.
     """
 
     index: int
@@ -39,6 +41,8 @@ class StepInfo:
     time: float
     x: Tensor
     prediction: Tensor | None = None
+    registers: Sequence[Tensor | None] = ()
+    level: tuple[float, float] | None = None
 
 
 class Evaluate(Protocol):
@@ -72,39 +76,48 @@ def run_reference(
     copies: int = 1,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
+    resume: tuple[int, Sequence[Tensor | None]] | None = None,
 ) -> Tensor:
     """Runs ``table`` from the state ``x`` with plain torch operations.
 
     x: [B, ...] in the registers' dtype (float32 or float64); not modified.
     dtype: the model input's dtype. copies: 2 evaluates [uncond, cond] as one batch of 2B.
     noise: gives draw k as a tensor like x; needed when the table draws noise.
+    resume: the row to begin with and the registers before it, the first of which is ``x``.
     Returns the state after the last step, or after the one where ``on_step`` returned False.
     """
     if table.num_draws and noise is None:
         raise ValueError(f"noise must be given for a table with {table.num_draws} draws, got None")
-    registers: list[Tensor | None] = [x, *([None] * (table.num_registers - 1))]
+    first, rest = (0, ()) if resume is None else (resume[0], resume[1][1:])
+    registers: list[Tensor | None] = [x, *rest, *([None] * (table.num_registers - 1 - len(rest)))]
     batch = x.shape[0]
     total = len(table)
-    for i, row in enumerate(table.rows):
+    for i, row in enumerate(table.rows[first:], start=first):
         feed = registers[row.feed]
         assert feed is not None  # the table's validation
-        model_input = (feed if row.input_scale == 1 else feed * row.input_scale).to(dtype)
-        if copies > 1:
-            model_input = torch.cat([model_input] * copies)
-        elif model_input is x:
-            model_input = x.clone()  # a model may write to its input; the caller's x must live
-        output = evaluate.accept(evaluate(model_input, i)).to(x.dtype)
-        if copies == 2:
-            uncond, cond = output[:batch], output[batch:]
-            output = uncond + (cond - uncond) * row.guidance_scale
+        output = feed
+        if row.evaluates:
+            model_input = (feed if row.input_scale == 1 else feed * row.input_scale).to(dtype)
+            if copies > 1:
+                model_input = torch.cat([model_input] * copies)
+            elif model_input is x:
+                model_input = x.clone()  # a model may write to its input; the caller's x must live
+            output = evaluate.accept(evaluate(model_input, i)).to(x.dtype)
+            if copies == 2:
+                uncond, cond = output[:batch], output[batch:]
+                output = uncond + (cond - uncond) * row.guidance_scale
         z = noise.draw(row.draw) if noise is not None and row.draw >= 0 else None
         new, prediction = _row_values(row, registers, output, z)
         for update, value in zip(row.updates, new, strict=True):
             registers[update.dest] = value
         state = registers[0]
         assert state is not None
-        if on_step is not None and not on_step(StepInfo(i, total, row.time, state, prediction)):
-            break
+        if on_step is not None:
+            if state is x:
+                state = registers[0] = x.clone()  # a callback may write to the state
+            level = table.level_after(i)
+            if not on_step(StepInfo(i, total, row.time, state, prediction, registers, level)):
+                break
     result = registers[0]
     assert result is not None
     return result.clone() if result is x else result
@@ -165,6 +178,7 @@ def run(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
     engine: str = "auto",
+    resume: tuple[int, Sequence[Tensor | None]] | None = None,
 ) -> Tensor:
     """Runs ``table`` with the engine asked for; the arguments are those of run_reference.
 
@@ -172,13 +186,22 @@ def run(
     the reason where it cannot.
     """
     check_choice("engine", engine, ENGINES)
+    if any(row.rule for row in table.rows):
+        raise ValueError(f"table must have no rules here, {table.name} has; see fastdiff/rules.py")
     module, reason = (None, "") if engine == "reference" else _cpp(x)
     if engine == "cpp" and module is None:
         raise RuntimeError(f"engine='cpp' cannot run: {reason}")
     if module is not None:
-        return _run_cpp(module, table, x, evaluate, dtype, copies, noise, on_step)
+        return _run_cpp(module, table, x, evaluate, dtype, copies, noise, on_step, resume)
     return run_reference(
-        table, x, evaluate, dtype=dtype, copies=copies, noise=noise, on_step=on_step
+        table,
+        x,
+        evaluate,
+        dtype=dtype,
+        copies=copies,
+        noise=noise,
+        on_step=on_step,
+        resume=resume,
     )
 
 
@@ -220,20 +243,25 @@ def _run_cpp(
     copies: int,
     noise: Noise | None,
     on_step: OnStep | None,
+    resume: tuple[int, Sequence[Tensor | None]] | None,
 ) -> Tensor:
     if table.num_draws and noise is None:
         raise ValueError(f"noise must be given for a table with {table.num_draws} draws, got None")
     total = len(table)
     packed = table.pack()
     x = x.contiguous(memory_format=_format(x))  # one of the two orders the kernels know
-    registers = [x.clone(), *(torch.empty_like(x) for _ in range(1, table.num_registers))]
+    start, given = (0, ()) if resume is None else resume
+    kept = [None if r is None else r.contiguous(memory_format=_format(x)) for r in given[1:]]
+    kept += [None] * (table.num_registers - 1 - len(kept))
+    registers = [x.clone(), *(torch.empty_like(x) if r is None else r.clone() for r in kept)]
+    written = [True, *(r is not None for r in kept)]
     direct = dtype == x.dtype and copies == 1 and not table.scales_inputs
     if direct:
         inputs = [registers[feed] for feed in table.feeds]
         buffer = None
     else:
-        first = registers[table.rows[0].feed]
-        scaled = first if packed.first_input_scale == 1 else first * packed.first_input_scale
+        first = registers[table.rows[start].feed]
+        scaled = first * table.rows[start].input_scale
         # cat would turn a channels_last batch of one into a contiguous one.
         buffer = torch.empty((copies * x.shape[0], *x.shape[1:]), dtype=dtype, device=x.device).to(
             memory_format=_format(x)
@@ -255,7 +283,11 @@ def _run_cpp(
     if on_step is not None:
 
         def after(row: int) -> bool:
-            return on_step(StepInfo(row, total, table.rows[row].time, registers[0]))
+            for update in table.rows[row].updates:
+                written[update.dest] = True
+            views = [r if w else None for r, w in zip(registers, written, strict=True)]
+            time, level = table.rows[row].time, table.level_after(row)
+            return on_step(StepInfo(row, total, time, registers[0], None, views, level))
 
     place: dict[str, Any] = {"seeds": seeds, "threads": torch.get_num_threads()}
     if x.is_cuda:
@@ -280,6 +312,7 @@ def _run_cpp(
             input=0 if buffer is None else buffer.data_ptr(),
             input_dtype=DTYPE_CODES[dtype],
             copies=copies,
+            first=start,
             images=x.shape[0],
             per_image=x[0].numel(),
             channels=1 if x.is_contiguous() else x.shape[1],

@@ -21,11 +21,12 @@ model's input is scaled.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastdiff.solvers.grids import TimeGrid
 from fastdiff.solvers.schedules import NoiseSchedule, unknown
+from fastdiff.solvers.table import Row, SolverTable, Update
 
 _NAMES = {
     "eps": "eps",
@@ -134,10 +135,18 @@ class Step:
         """target - lam, 0..inf."""
         return self.target - self.lam
 
-    @property
-    def model(self) -> tuple[float, float, float, float]:
-        """(time, input_scale, from_state, from_output), as a :class:`Row` takes them."""
-        return self.time, self.input_scale, self.from_state, self.from_output
+    def row(self, *updates: Update, draw: int = -1) -> Row:
+        """The row that evaluates the model at this step's state, in register 0."""
+        return Row(
+            feed=0,
+            time=self.time,
+            input_scale=self.input_scale,
+            from_state=self.from_state,
+            from_output=self.from_output,
+            updates=updates,
+            draw=draw,
+            level=(self.alpha, self.sigma),
+        )
 
 
 def steps_of(
@@ -162,3 +171,27 @@ def steps_of(
             input_scale(kind, alpha, sigma),
             *convert(kind, alpha, sigma),
         )
+
+
+def table_of(
+    name: str,
+    schedule: NoiseSchedule,
+    grid: TimeGrid,
+    rows: Sequence[Row],
+    *,
+    registers: int = 1,
+    prediction: str = "x0",
+    description: str = "",
+) -> SolverTable:
+    """The table of a run over a grid: how it starts and ends follows from schedule and grid."""
+    alpha, sigma = map(float, schedule.marginal(float(grid.targets[-1])))
+    return SolverTable(
+        name=name,
+        num_registers=registers,
+        rows=tuple(rows),
+        num_draws=sum(row.draw >= 0 for row in rows),
+        init_scale=schedule.init_scale(float(grid.lambdas[0])),
+        prediction=prediction,
+        description=f"{description}, {grid.name} grid",
+        end_level=(alpha, sigma),
+    )

@@ -11,7 +11,7 @@ import math
 from fastdiff.solvers.continuous import Flow
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
 from fastdiff.solvers.multistep import check_joined
-from fastdiff.solvers.prediction import canonical, steps_of
+from fastdiff.solvers.prediction import canonical, steps_of, table_of
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -42,21 +42,15 @@ def heun(
         ratio = 0.0 if math.isinf(step.h) else s_to / s
         euler = Update(0, (ratio * scale_to / scale, 0.0, 0.0), scale_to * (1 - ratio))
         if following is None or step.h == 0:
-            rows.append(Row(0, *step.model, (euler,)))
+            rows.append(step.row(euler))
             continue
         # Register 1 keeps the state, register 2 the prediction, for the second half.
         keep = (Update(1, (1.0, 0.0, 0.0), 0.0), Update(2, (0.0, 0.0, 0.0), 1.0))
-        rows.append(Row(0, *step.model, (euler, *keep)))
+        rows.append(step.row(euler, *keep))
         half, half_to = (s_to - s) / (2 * s), (s_to - s) / (2 * s_to)
         second = Update(
             0, (half_to, scale_to / scale * (1 + half), -scale_to * half), -scale_to * half_to
         )
-        rows.append(Row(0, *following.model, (second,)))
-    return SolverTable(
-        name="heun",
-        num_registers=3,
-        rows=tuple(rows),
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
-        prediction="x0",
-        description=f"{kind} model, {grid.name} grid, {mode}",
-    )
+        rows.append(following.row(second))
+    description = f"{kind} model, {mode}"
+    return table_of("heun", schedule, grid, rows, registers=3, description=description)

@@ -13,7 +13,11 @@ One row, elementwise, in the registers' dtype::
 
 The updates of a row read the registers as they were before the row. A term whose coefficient is
 exactly 0 is skipped, terms are added in the order written, nothing is contracted to an FMA: engines
-agree bit for bit. Register 0 starts as ``init_scale*z`` and ends as the sample.
+agree bit for bit. A row with ``from_output == 0`` does not evaluate the model. Register 0 starts as
+``init_scale*z`` and ends as the sample.
+
+What a few samplers do is not linear: a row's ``rule`` names it, and ``fastdiff.sample`` does it
+before the step (``fastdiff/rules.py``).
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import torch
 MAX_REGISTERS = 8
 MAX_UPDATES = 4
 FORMAT_VERSION = 1
+RULES = ("", "langevin", "learned_range")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Row:
     updates: simultaneous; all read the registers as they were before the row.
     guidance_scale: used when the model is evaluated with and without the condition.
     draw: the index of the noise draw this row consumes, -1 for none.
+    level: (alpha, sigma) of the state that is fed, where it is known.
+    rule: "", or what is done to prediction and noise before the updates, with ``rule_value``.
+        "langevin": with r the ratio of the batch's mean norms |z|/|prediction|, the prediction is
+        multiplied by r^2 and the noise by r. "learned_range": the model returns 2C channels, and
+        the second half v multiplies the noise by rule_value^((1 + v)/2).
     """
 
     feed: int
@@ -67,6 +77,14 @@ class Row:
     updates: tuple[Update, ...]
     guidance_scale: float = 1.0
     draw: int = -1
+    level: tuple[float, float] | None = None
+    rule: str = ""
+    rule_value: float = 0.0
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the row evaluates the model."""
+        return self.from_output != 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +95,8 @@ class PackedTable:
         next_feed is -1 on the last row, dest is -1 past n_updates.
     coef: float64 [N, 4+U*(R+2)], a row is [next_input_scale, from_state, from_output,
         guidance_scale, then per update from_registers[0..R-1], from_prediction, from_noise];
-        next_input_scale is 0 on the last row.
+        next_input_scale is 0 on the last row, and row 0's is the table's alone.
     times: float64 [N].
-    first_input_scale: the input scale of row 0, which no row before it can carry.
     """
 
     index: np.ndarray
@@ -89,7 +106,6 @@ class PackedTable:
     max_updates: int
     num_draws: int
     init_scale: float
-    first_input_scale: float
 
 
 def _check_number(where: str, value: object) -> None:
@@ -113,8 +129,9 @@ class SolverTable:
     name: the solver's name, as in ``fastdiff.solvers.SOLVERS``.
     num_draws: how many noise draws the rows name, 0..num_draws-1 in row order.
     init_scale: the run starts from ``x_T = init_scale * z``.
-    prediction: what ``prediction`` is in the rows, "x0" or "eps" (a label for readers).
+    prediction: what ``prediction`` is in the rows: "x0", "eps", "v" or "score".
     description: the options the table was built with.
+    end_level: (alpha, sigma) of the sample, where it is known; (1, 0) is a clean one.
 
     Raises ValueError or TypeError for a table no engine could run: an index out of range, a
     non-finite coefficient, a register read before it is written, a register written twice in one
@@ -128,6 +145,7 @@ class SolverTable:
     init_scale: float = 1.0
     prediction: str = "x0"
     description: str = ""
+    end_level: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -152,6 +170,12 @@ class SolverTable:
             raise ValueError(f"{where}.feed must name a register written before, got {row.feed}")
         for field in ("time", "input_scale", "from_state", "from_output", "guidance_scale"):
             _check_number(f"{where}.{field}", getattr(row, field))
+        if row.rule not in RULES:
+            raise ValueError(f"{where}.rule must be one of {RULES}, got {row.rule!r}")
+        if row.rule == "learned_range" and not row.rule_value > 0:
+            raise ValueError(f"{where}.rule_value must be positive, got {row.rule_value}")
+        if row.rule and (row.draw < 0 or not row.evaluates):
+            raise ValueError(f"{where}.rule must be '' in a row without a draw, got {row.rule!r}")
         _check_index(f"{where}.draw", row.draw, -1, self.num_draws - 1)
         if row.draw >= 0:
             if row.draw != next_draw:
@@ -195,6 +219,11 @@ class SolverTable:
         return len(self.rows)
 
     @functools.cached_property
+    def evaluations(self) -> int:
+        """How often the model is evaluated."""
+        return sum(row.evaluates for row in self.rows)
+
+    @functools.cached_property
     def times(self) -> tuple[float, ...]:
         """The times handed to the model, in row order."""
         return tuple(row.time for row in self.rows)
@@ -203,6 +232,10 @@ class SolverTable:
     def feeds(self) -> tuple[int, ...]:
         """The register that feeds the model, in row order."""
         return tuple(row.feed for row in self.rows)
+
+    def level_after(self, row: int) -> tuple[float, float] | None:
+        """(alpha, sigma) of register 0 after that row, where it is known."""
+        return self.rows[row + 1].level if row + 1 < len(self.rows) else self.end_level
 
     @functools.cached_property
     def scales_inputs(self) -> bool:
@@ -271,7 +304,6 @@ class SolverTable:
             max_updates=u,
             num_draws=self.num_draws,
             init_scale=float(self.init_scale),
-            first_input_scale=float(self.rows[0].input_scale),
         )
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
@@ -323,10 +355,10 @@ class SolverTable:
 
     def __str__(self) -> str:
         names = ["x", *(f"r{j}" for j in range(1, self.num_registers))]
-        header = f"{self.name}: {len(self.rows)} model evaluations, {self.num_registers} registers "
-        header += (
-            f"({', '.join(names)}), {self.num_draws} noise draws, x_T = {self.init_scale:.6g} z"
-        )
+        header = f"{self.name}: {self.evaluations} model evaluations, "
+        header += f"{self.num_registers} registers ({', '.join(names)}; in float32 "
+        header += f"{4 * self.num_registers} bytes for each element of the state), "
+        header += f"{self.num_draws} noise draws, x_T = {self.init_scale:.6g} z"
         columns = ["row", "time", "model input", f"p = {self.prediction}", "updates"]
         body = [self._cells(i, row, names) for i, row in enumerate(self.rows)]
         widths = [max(len(line[k]) for line in [columns, *body]) for k in range(4)]
@@ -340,6 +372,10 @@ class SolverTable:
         feed = names[row.feed]
         model_input = feed if row.input_scale == 1 else f"{row.input_scale:.6g} {feed}"
         prediction = _linear([(row.from_state, feed), (row.from_output, "out")])
+        if not row.evaluates:
+            model_input = "-"
+        if row.rule:
+            prediction += f" [{row.rule}{f' {row.rule_value:.6g}' if row.rule_value else ''}]"
         updates = []
         for update in row.updates:
             terms = list(zip(update.from_registers, names, strict=True))
@@ -365,6 +401,8 @@ class SolverTable:
         try:
             rows = tuple(_row(entry) for entry in data["rows"])
             rest = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "rows"}
+            if rest["end_level"] is not None:
+                rest["end_level"] = tuple(rest["end_level"])
             return cls(rows=rows, **rest)
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -390,7 +428,8 @@ def _row(entry: dict[str, Any]) -> Row:
         Update(**{**update, "from_registers": tuple(update["from_registers"])})
         for update in entry["updates"]
     )
-    return Row(**{**entry, "updates": updates})
+    level = None if entry["level"] is None else tuple(entry["level"])
+    return Row(**{**entry, "updates": updates, "level": level})
 
 
 def _linear(terms: Iterable[tuple[float, str]]) -> str:

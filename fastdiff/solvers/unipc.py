@@ -25,7 +25,7 @@ import numpy as np
 
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
 from fastdiff.solvers.multistep import History, check_joined, check_order, phi
-from fastdiff.solvers.prediction import Step, canonical, steps_of
+from fastdiff.solvers.prediction import Step, canonical, steps_of, table_of
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -136,13 +136,14 @@ def unipc(
             ahead.from_x * now + ahead.weights[0],
         )
         updates = [moved] if i == n - 1 else [moved, start, *history.keep(i)]
-        rows.append(Row(0, *step.model, tuple(updates)))
+        rows.append(step.row(*updates))
         before = (step, here)
-    return SolverTable(
-        name="unipc",
-        num_registers=history.registers,
-        rows=tuple(rows),
-        init_scale=schedule.init_scale(float(grid.lambdas[0])),
+    return table_of(
+        "unipc",
+        schedule,
+        grid,
+        rows,
+        registers=history.registers,
         prediction="x0" if predict_x0 else "eps",
-        description=f"order {order}, {solver_type}, {kind} model, {grid.name} grid, {mode}",
+        description=f"order {order}, {solver_type}, {kind} model, {mode}",
     )

@@ -182,7 +182,7 @@ def test_ddim_eta_one_is_ddpm():
 def test_printing_names_the_registers_and_aligns():
     text = str(make_table("dpmpp_2m", "linear", 4))
     lines = text.splitlines()
-    assert "2 registers (x, r1)" in lines[0]
+    assert "2 registers (x, r1; in float32 8 bytes for each element of the state)" in lines[0]
     assert re.search(r"x = \d\.\d+ x - \d\.\d+ r1 \+ \d\.\d+ p;  r1 = p", lines[4])
     assert lines[-1].endswith("x = p")
     column = lines[2].index("updates")
@@ -250,7 +250,6 @@ def test_pack_matches_the_rows():
             update.from_noise,
         ]
         assert packed.coef.shape == (6, 4 + r + 2)
-    assert packed.first_input_scale == 1.0
     assert packed.times.tolist() == list(table.times)
 
 
