@@ -5,6 +5,7 @@ Public names::
     fastdiff.sample(model, ...)     draw samples with any solver, as one table-driven loop
     fastdiff.load(name_or_path)     a model of the zoo with its weights
     fastdiff.ops                    the fused operators, also as torch.ops.fastdiff.*
+    fastdiff.sampling               guidance, hooks and what else a run can be given
     fastdiff.solvers                noise schedules, time grids, solver tables
     fastdiff.models                 the model zoo
 
@@ -19,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 from fastdiff._version import __version__
 
 if TYPE_CHECKING:
-    from fastdiff import models, ops, solvers
+    from fastdiff import models, ops, sampling, solvers
     from fastdiff.models import load
     from fastdiff.sampling import sample
 
-__all__ = ["__version__", "load", "models", "ops", "sample", "solvers"]
+__all__ = ["__version__", "load", "models", "ops", "sample", "sampling", "solvers"]
 
 # name -> (module, attribute of it or None for the module itself); resolved on first use.
 _LAZY: dict[str, tuple[str, str | None]] = {
     "load": ("fastdiff.models", "load"),
     "models": ("fastdiff.models", None),
     "sample": ("fastdiff.sampling", "sample"),
+    "sampling": ("fastdiff.sampling", None),
     "solvers": ("fastdiff.solvers", None),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class StepInfo:
         when the engine does not keep it.
     registers: all registers, state first; views too, None where nothing is written yet.
     level: (alpha, sigma) of ``x``, where the table knows it.
+    capture: in ``fastdiff.sample``, gives the RunState from which the run can be resumed.
     """
 
     index: int
@@ -43,6 +44,11 @@ class StepInfo:
     prediction: Tensor | None = None
     registers: Sequence[Tensor | None] = ()
     level: tuple[float, float] | None = None
+    capture: Callable[[], Any] | None = None
+
+    def with_capture(self, capture: Callable[[], Any]) -> StepInfo:
+        """The same with that ``capture``."""
+        return replace(self, capture=capture)
 
 
 class Evaluate(Protocol):
@@ -186,8 +192,10 @@ def run(
     the reason where it cannot.
     """
     check_choice("engine", engine, ENGINES)
-    if any(row.rule for row in table.rows):
-        raise ValueError(f"table must have no rules here, {table.name} has; see fastdiff/rules.py")
+    if table.has_rules:
+        raise ValueError(
+            f"table must have no rules here, {table.name} has; see fastdiff/sampling/rules.py"
+        )
     module, reason = (None, "") if engine == "reference" else _cpp(x)
     if engine == "cpp" and module is None:
         raise RuntimeError(f"engine='cpp' cannot run: {reason}")

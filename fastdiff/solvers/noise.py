@@ -73,6 +73,30 @@ class GeneratorNoise:
         """The next draw."""
         return self.draw(-1)
 
+    def states(self) -> list[Tensor]:
+        """The generators' states, uint8, one per generator; see :meth:`resumed`."""
+        return [_actual(one, self._device).get_state() for one in self._generators]
+
+    @classmethod
+    def resumed(
+        cls,
+        shape: Sequence[int],
+        states: Sequence[Tensor],
+        *,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        device: torch.device,
+    ) -> GeneratorNoise:
+        """Noise that goes on where :meth:`states` were taken, with generators of its own."""
+        generators = []
+        for state in states:
+            # A CPU generator's state is the 5,056 bytes of a Mersenne twister, a GPU's a few words.
+            generator = torch.Generator(device if state.numel() < 5000 else "cpu")
+            generator.set_state(state)
+            generators.append(generator)
+        which = generators[0] if len(generators) == 1 and shape[0] != 1 else generators
+        return cls(shape, which, dtype=dtype, state_dtype=state_dtype, device=device)
+
     def draw(self, index: int) -> Tensor:
         """The next draw, whatever ``index``: a generator has an order of its own."""
         parts = []
@@ -84,6 +108,15 @@ class GeneratorNoise:
             parts.append(part.to(self._device))
         z = parts[0] if len(parts) == 1 else torch.cat(parts)
         return z.to(self._state_dtype)
+
+
+def _actual(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """The generator that draws where None was given."""
+    if generator is not None:
+        return generator
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or torch.cuda.current_device()]
+    return torch.default_generator
 
 
 class PhiloxNoise:

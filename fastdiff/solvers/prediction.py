@@ -88,6 +88,17 @@ def to_x0(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
     return 1.0 / alpha, -sigma / alpha
 
 
+def to_model(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """(from_state, from_x0) such that ``output = from_state*x + from_x0*x0``: to_x0's inverse.
+
+    Raises ValueError where the output says nothing about x0 (an eps model at sigma = 0).
+    """
+    from_state, from_output = to_x0(prediction, alpha, sigma)
+    if from_output == 0:
+        raise ValueError(f"sigma must be above 0 for a {prediction} model, got {sigma:g}")
+    return -from_state / from_output, 1.0 / from_output
+
+
 def to_eps(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
     """(from_state, from_output) such that ``eps = from_state*x + from_output*output``.
 

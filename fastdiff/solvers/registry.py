@@ -119,6 +119,7 @@ def make_table(
     prediction: str = "eps",
     mode: str = "parity",
     guidance_scale: float | Sequence[float] = 1.0,
+    strength: float = 1.0,
     **options: Any,
 ) -> SolverTable:
     """The table of a solver on a schedule: what ``fastdiff.sample`` runs.
@@ -129,6 +130,8 @@ def make_table(
         "leading", "trailing", "quadratic", "karras", "lambda", "exponential", "beta",
         "ays_sd15", "ays_sdxl", "lcm"), a list of decreasing timesteps, or a TimeGrid.
     prediction: what the model predicts: "eps", "v", "x0", "flow", "score" or "edm".
+    strength: only the last int(strength*N) of the grid's N steps, for image-to-image; a multistep
+        solver starts there with its first order, and what depends on the number of steps uses N.
     mode: "parity" gives what diffusers gives, quirks included; "exact" the paper's mathematics.
     options: the solver's own (``Solver.options()`` lists them) and the grid's: ``steps_offset``,
         and where the last step goes: ``final_sigmas_type`` ("zero", "sigma_min") or
@@ -164,12 +167,25 @@ def make_table(
         points = _named_grid(chosen, schedule, steps, spacing, int(steps_offset), final, mode)
     else:
         points = explicit_grid(schedule, grid, final=final)
+    if strength != 1:
+        points = points.from_step(start_of(len(points), strength))
     table = chosen(schedule, points, prediction=prediction, mode=mode, **options)
     if chosen.convention == "euler" and not points.name.startswith("leading"):
         # diffusers' init_noise_sigma: these classes start from the noise alone.
         sigma = float(schedule.marginal(points.lambdas[0])[1])
         table = replace(table, init_scale=sigma)
     return table if guidance_scale == 1 else table.with_guidance(guidance_scale)
+
+
+def start_of(steps: int, strength: float) -> int:
+    """The first step of an image-to-image run, as in diffusers' pipelines.
+
+    Raises ValueError where no step is left.
+    """
+    start = steps - min(int(steps * strength), steps)
+    if start >= steps:
+        raise ValueError(f"strength must be at least 1/steps ({1 / steps:g}), got {strength}")
+    return start
 
 
 def _named_grid(

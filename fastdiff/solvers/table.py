@@ -17,7 +17,7 @@ agree bit for bit. A row with ``from_output == 0`` does not evaluate the model. 
 ``init_scale*z`` and ends as the sample.
 
 What a few samplers do is not linear: a row's ``rule`` names it, and ``fastdiff.sample`` does it
-before the step (``fastdiff/rules.py``).
+before the step (``fastdiff/sampling/rules.py``).
 """
 
 from __future__ import annotations
@@ -224,6 +224,16 @@ class SolverTable:
         return sum(row.evaluates for row in self.rows)
 
     @functools.cached_property
+    def scales(self) -> frozenset[float]:
+        """The guidance scales of the rows that evaluate the model."""
+        return frozenset(row.guidance_scale for row in self.rows if row.evaluates)
+
+    @functools.cached_property
+    def has_rules(self) -> bool:
+        """Whether any row does something that is not linear."""
+        return any(row.rule for row in self.rows)
+
+    @functools.cached_property
     def times(self) -> tuple[float, ...]:
         """The times handed to the model, in row order."""
         return tuple(row.time for row in self.rows)
@@ -328,6 +338,28 @@ class SolverTable:
         rows = tuple(
             dataclasses.replace(row, guidance_scale=g)
             for row, g in zip(self.rows, scales, strict=True)
+        )
+        return dataclasses.replace(self, rows=rows)
+
+    @functools.cached_property
+    def of_predictions(self) -> SolverTable:
+        """The same steps for a model that returns each row's prediction, given the register.
+
+        Scaling, conversion, guidance and rules are then the model's business.
+        """
+        rows = tuple(
+            dataclasses.replace(
+                row,
+                input_scale=1.0,
+                from_state=0.0,
+                from_output=1.0,
+                guidance_scale=1.0,
+                rule="",
+                rule_value=0.0,
+            )
+            if row.evaluates
+            else row
+            for row in self.rows
         )
         return dataclasses.replace(self, rows=rows)
 

@@ -1,0 +1,37 @@
+"""Drawing samples: ``sample`` and what can be given to it.
+
+>>> from fastdiff.sampling import Guidance, Inpaint, RunState, sample
+"""
+
+from __future__ import annotations
+
+from fastdiff.sampling.api import sample
+from fastdiff.sampling.guidance import Guidance, classifier_gradient
+from fastdiff.sampling.hooks import (
+    Clip,
+    ControlNet,
+    DynamicThreshold,
+    Hook,
+    Inpaint,
+    Place,
+    Preview,
+    RunFacts,
+)
+from fastdiff.sampling.state import RunState
+from fastdiff.solvers.engine import StepInfo
+
+__all__ = [
+    "Clip",
+    "ControlNet",
+    "DynamicThreshold",
+    "Guidance",
+    "Hook",
+    "Inpaint",
+    "Place",
+    "Preview",
+    "RunFacts",
+    "RunState",
+    "StepInfo",
+    "classifier_gradient",
+    "sample",
+]
