@@ -133,16 +133,17 @@ def sample(
     arguments = Arguments.of(shape[0], guided, cond, uncond, model_kwargs)
 
     held = state_dtype(dtype)
-    noise = (
-        _noise(shape, seed, generator, dtype, held, device) if resume is None else resume.noise()
-    )
-    initial = None if resume is None else resume.initial
+    if resume is None:
+        noise, initial, done = _noise(shape, seed, generator, dtype, held, device), None, 0
+    else:
+        noise, initial, done = resume.noise(), resume.initial, resume.next_row
 
     def initial_noise() -> Tensor:
         nonlocal initial
-        if initial is None:
-            initial = noise.initial()
-        return initial
+        z = noise.initial() if initial is None else initial
+        if hooks:  # which may ask for it again
+            initial = z
+        return z
 
     if resume is not None or x is not None:
         assert given is not None
@@ -156,8 +157,8 @@ def sample(
     state = state.contiguous(memory_format=memory_format)
     for hook in hooks:
         hook.begin(RunFacts(table, shape, held, device, initial_noise))
-    if resume is not None and resume.next_row == len(table):
-        return resume.x.to(dtype)
+    if done == len(table):
+        return state.to(dtype)
 
     evaluate: PlainEvaluate | ComposedEvaluate
     if guidance.plain(table) and not hooks and not table.has_rules:
@@ -177,9 +178,7 @@ def sample(
     if progress:
         from tqdm import tqdm
 
-        bar = tqdm(
-            total=len(table), desc=table.name, initial=0 if resume is None else resume.next_row
-        )
+        bar = tqdm(total=len(table), desc=table.name, initial=done)
     stepping = [hook for hook in hooks if type(hook).step is not Hook.step]
 
     def on_step(info: StepInfo) -> bool:
@@ -191,7 +190,7 @@ def sample(
             return True
 
         def capture() -> RunState:
-            return RunState.of(info, table, noise, dtype, initial if hooks else None)
+            return RunState.of(info, table, noise, dtype, initial)
 
         return callback(info.with_capture(capture)) is not False
 
@@ -207,7 +206,8 @@ def sample(
                 noise=sources,
                 on_step=on_step if watched else None,
                 engine=engine,
-                resume=None if resume is None else (resume.next_row, resume.registers),
+                resume=None if resume is None else (done, resume.registers),
+                owned=given is None and initial is None,
             )
     finally:
         if bar is not None:
@@ -346,7 +346,7 @@ def _table(
         grid = getattr(defaults, "grid", None)
     if isinstance(grid, (list, np.ndarray)):
         grid = tuple(float(time) for time in grid)
-    make = _cached_table
+    make: Callable[..., SolverTable] = _cached_table
     arguments = (solver, schedule, steps, grid, prediction, guidance.in_table)
     try:
         hash((*arguments, *options.values()))

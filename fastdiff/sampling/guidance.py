@@ -37,8 +37,8 @@ class Guidance:
     """How ``fastdiff.sample`` guides; see the top of this file for the papers.
 
     scale: one number, or one per row of the table. weight: instead of scale, ``scale - 1``.
-    interval: (low, high) of sigma/alpha: guidance acts where ``low < sigma/alpha <= high``; outside,
-        the model is evaluated once.
+    interval: (low, high) of sigma/alpha: guidance acts where ``low < sigma/alpha <= high``;
+        outside, the model is evaluated once.
     rescale: 0..1, how much of the standard deviation's growth is taken back (per image).
     plus_plus: CFG++; scale is in 0..1, and the solver must be of one register (DDIM, Euler, DDPM).
     batched: both outputs from one call with the batch [other, cond], or from two calls, which needs

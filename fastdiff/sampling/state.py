@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +71,10 @@ class RunState:
 
     def to(self, device: torch.device | str) -> RunState:
         """The same on another device; the states of generators stay where they were made."""
-        move: Callable[[Tensor | None], Tensor | None] = lambda t: (
-            None if t is None else t.to(device)
-        )
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
         return RunState(
             self.table,
             self.next_row,

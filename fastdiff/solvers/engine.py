@@ -185,8 +185,11 @@ def run(
     on_step: OnStep | None = None,
     engine: str = "auto",
     resume: tuple[int, Sequence[Tensor | None]] | None = None,
+    owned: bool = False,
 ) -> Tensor:
     """Runs ``table`` with the engine asked for; the arguments are those of run_reference.
+
+    owned: ``x`` may be overwritten, and its memory be that of the result.
 
     "auto" takes the C++ loop where it can run, else the reference. "cpp" raises RuntimeError with
     the reason where it cannot.
@@ -200,7 +203,7 @@ def run(
     if engine == "cpp" and module is None:
         raise RuntimeError(f"engine='cpp' cannot run: {reason}")
     if module is not None:
-        return _run_cpp(module, table, x, evaluate, dtype, copies, noise, on_step, resume)
+        return _run_cpp(module, table, x, evaluate, dtype, copies, noise, on_step, resume, owned)
     return run_reference(
         table,
         x,
@@ -252,6 +255,7 @@ def _run_cpp(
     noise: Noise | None,
     on_step: OnStep | None,
     resume: tuple[int, Sequence[Tensor | None]] | None,
+    owned: bool,
 ) -> Tensor:
     if table.num_draws and noise is None:
         raise ValueError(f"noise must be given for a table with {table.num_draws} draws, got None")
@@ -261,7 +265,10 @@ def _run_cpp(
     start, given = (0, ()) if resume is None else resume
     kept = [None if r is None else r.contiguous(memory_format=_format(x)) for r in given[1:]]
     kept += [None] * (table.num_registers - 1 - len(kept))
-    registers = [x.clone(), *(torch.empty_like(x) if r is None else r.clone() for r in kept)]
+    registers = [
+        x if owned else x.clone(),
+        *(torch.empty_like(x) if r is None else r.clone() for r in kept),
+    ]
     written = [True, *(r is not None for r in kept)]
     direct = dtype == x.dtype and copies == 1 and not table.scales_inputs
     if direct:
