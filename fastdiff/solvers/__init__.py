@@ -10,19 +10,21 @@ file of its family, and one line in SOLVERS (registry.py). Engines and kernels n
 from __future__ import annotations
 
 from fastdiff.solvers.adams import deis, lms, pndm
-from fastdiff.solvers.consistency import lcm, lcm_grid
+from fastdiff.solvers.consistency import consistency, consistency_grid, lcm, lcm_grid, tcd
 from fastdiff.solvers.continuous import (
     ContinuousVP,
     Flow,
     SigmaSchedule,
+    cm,
     dynamic_shift,
     edm,
     ve,
 )
-from fastdiff.solvers.ddim import ddim
+from fastdiff.solvers.ddim import ddim, ddim_inverse
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpm_solver import dpm_multistep
-from fastdiff.solvers.grids import TimeGrid, explicit_grid, make_grid
+from fastdiff.solvers.grids import TimeGrid, explicit_grid, make_grid, sigma_grid
+from fastdiff.solvers.langevin import annealed_langevin
 from fastdiff.solvers.named import SCHEDULES, get_schedule
 from fastdiff.solvers.registry import SOLVERS, Solver, get_solver, make_table
 from fastdiff.solvers.runge_kutta import heun
@@ -38,6 +40,7 @@ from fastdiff.solvers.schedules import (
     sigmoid,
     zero_terminal_snr,
 )
+from fastdiff.solvers.score_sde import pc, sde_grid
 from fastdiff.solvers.table import PackedTable, Row, SolverTable, Update
 from fastdiff.solvers.unipc import unipc
 
@@ -55,8 +58,13 @@ __all__ = [
     "SolverTable",
     "TimeGrid",
     "Update",
+    "annealed_langevin",
+    "cm",
+    "consistency",
+    "consistency_grid",
     "cosine",
     "ddim",
+    "ddim_inverse",
     "ddpm",
     "deis",
     "dpm_multistep",
@@ -75,9 +83,13 @@ __all__ = [
     "lms",
     "make_grid",
     "make_table",
+    "pc",
     "pndm",
     "scaled_linear",
+    "sde_grid",
+    "sigma_grid",
     "sigmoid",
+    "tcd",
     "unipc",
     "ve",
     "zero_terminal_snr",

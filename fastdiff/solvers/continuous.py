@@ -95,16 +95,20 @@ class SigmaSchedule(NoiseSchedule):
 
     sigma_min, sigma_max: the noise levels at the ends. logarithmic: the model is given
     ln(sigma)/4 (EDM's c_noise, arXiv 2206.00364, table 1) instead of sigma (VE, arXiv 2011.13456).
+    time_scale: what either is multiplied with (1000 for the networks of consistency models).
     """
 
     sigma_min: float
     sigma_max: float
     logarithmic: bool = False
     name: str = "sigma"
+    time_scale: float = 1.0
     spacing: ClassVar[str | None] = "karras"
 
     def __post_init__(self) -> None:
-        _check_positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        _check_positive(
+            sigma_min=self.sigma_min, sigma_max=self.sigma_max, time_scale=self.time_scale
+        )
         if self.sigma_max <= self.sigma_min:
             raise ValueError(
                 f"sigma_max must be above sigma_min ({self.sigma_min:g}), got {self.sigma_max:g}"
@@ -113,24 +117,28 @@ class SigmaSchedule(NoiseSchedule):
     @property
     def t_min(self) -> float:  # type: ignore[override]
         """The time at sigma_min."""
-        return math.log(self.sigma_min) / 4 if self.logarithmic else self.sigma_min
+        return self._time(self.sigma_min)
 
     @property
     def t_max(self) -> float:  # type: ignore[override]
         """The time at sigma_max."""
-        return math.log(self.sigma_max) / 4 if self.logarithmic else self.sigma_max
+        return self._time(self.sigma_max)
+
+    def _time(self, sigma: float) -> float:
+        return self.time_scale * (math.log(sigma) / 4 if self.logarithmic else sigma)
 
     def lambda_at(self, t: ArrayLike) -> np.ndarray:
         """-ln sigma."""
         t = np.asarray(t, dtype=np.float64)
         self._check_times(t)
+        t = t / self.time_scale
         return -4 * t if self.logarithmic else -np.log(t)
 
     def time_at(self, lam: ArrayLike) -> np.ndarray:
         """The inverse, clipped to the schedule's range."""
         lam = _levels(lam)
         with np.errstate(over="ignore"):
-            t = -lam / 4 if self.logarithmic else np.exp(-lam)
+            t = self.time_scale * (-lam / 4 if self.logarithmic else np.exp(-lam))
         return np.clip(t, self.t_min, self.t_max)
 
     def marginal(self, lam: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -142,6 +150,14 @@ class SigmaSchedule(NoiseSchedule):
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> SigmaSchedule:
     """EDM's noise levels (arXiv 2206.00364, table 1); ``prediction="edm"`` for its raw networks."""
     return SigmaSchedule(sigma_min, sigma_max, logarithmic=True, name="edm")
+
+
+def cm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> SigmaSchedule:
+    """EDM's noise levels with consistency models' times, 1000 ln(sigma)/4 (arXiv 2303.01469).
+
+    ``prediction="edm"`` for their raw networks, with the solver "consistency".
+    """
+    return SigmaSchedule(sigma_min, sigma_max, logarithmic=True, name="cm", time_scale=1000.0)
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> SigmaSchedule:

@@ -8,6 +8,9 @@ With h = lambda' - lambda, the step from (alpha, sigma) to (alpha', sigma') of e
 
 since eps = (x - alpha x0)/sigma. The second form holds for every schedule, not only where
 alpha^2 + sigma^2 = 1, and has no cancellation at small h.
+
+With eta = 0 it is a step of an ODE, which runs the other way too (section 4.3): from the image to
+the noise that gives it, x' = (alpha'/alpha) x + sigma' (1 - e^{lambda' - lambda}) eps.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import math
 
 from fastdiff.solvers.grids import MODES, TimeGrid, check_choice
-from fastdiff.solvers.prediction import Step, canonical, steps_of, table_of
+from fastdiff.solvers.prediction import Step, canonical, input_scale, steps_of, table_of, to_eps
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable, Update
 
@@ -72,3 +75,55 @@ def ddim(
         rows.append(step.row(update, draw=draw))
     description = f"eta={eta:g}, {kind} model, {mode}"
     return table_of("ddim", schedule, grid, rows, description=description)
+
+
+def ddim_inverse(
+    schedule: NoiseSchedule, grid: TimeGrid, *, prediction: str = "eps", mode: str = "parity"
+) -> SolverTable:
+    """The table of DDIM run backwards, from an image to noise; ``x`` of the run is the image.
+
+    grid: the grid of the sampling run to invert, from noise to data; its steps are taken in reverse
+        order, each from where it ends to where it begins.
+    mode: in "parity", as in DDIMInverseScheduler, the model is given the time that a step goes to.
+        In "exact" it is given the time of the state it sees, which makes each step the explicit
+        Euler step of the ODE; the clean sample is given the schedule's least noisy time.
+
+    Raises ValueError for an unknown prediction or mode, and for a model of x0 ("x0", "edm") on a
+    grid that ends at the clean sample: that leaves the first step without a direction.
+    """
+    check_choice("mode", mode, MODES)
+    kind = canonical(prediction)
+    rows: list[Row] = []
+    levels = zip(grid.times.tolist(), grid.targets.tolist(), grid.lambdas.tolist(), strict=True)
+    for time, lam, target in reversed(list(levels)):
+        alpha, sigma = map(float, schedule.marginal(lam))
+        alpha_to, sigma_to = map(float, schedule.marginal(target))
+        if sigma == 0 and kind in ("x0", "edm"):
+            raise ValueError(
+                "prediction must be eps, v, flow or score to invert from the clean sample "
+                f"(or set_alpha_to_one False), got {kind}"
+            )
+        from_state, from_output = to_eps(kind, alpha, sigma)
+        # -inf - inf and inf - inf do not occur: the state has signal, and less noise than after.
+        from_eps = -sigma_to * math.expm1(target - lam) if target < lam else 0.0
+        update = Update(0, (alpha_to / alpha,), from_eps)
+        rows.append(
+            Row(
+                feed=0,
+                time=time if mode == "parity" else float(schedule.time_at(lam)),
+                input_scale=input_scale(kind, alpha, sigma),
+                from_state=from_state,
+                from_output=from_output,
+                updates=(update,),
+                level=(alpha, sigma),
+            )
+        )
+    alpha, sigma = map(float, schedule.marginal(float(grid.lambdas[0])))
+    return SolverTable(
+        name="ddim_inverse",
+        num_registers=1,
+        rows=tuple(rows),
+        prediction="eps",
+        description=f"{kind} model, {mode}, {grid.name} grid reversed",
+        end_level=(alpha, sigma),
+    )

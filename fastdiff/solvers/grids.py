@@ -18,6 +18,9 @@ quadratic  floor(linspace(0, sqrt(0.8 T), N)^2)   the same
 
 (quadratic: the DDIM authors' code, which leaves the noisiest fifth of the timesteps out.)
 
+"sgm_uniform" is linspace(T-1, 0, N+1) without the 0, unrounded, under every convention (ComfyUI's
+and A1111's "SGM Uniform"); lambda is linear in t in between, as there.
+
 "euler" (Euler, Heun, LMS) is "ddim" without the rounding of linspace; between whole timesteps
 sigma/alpha is linear in t, and level spacings hand the model fractional times.
 
@@ -36,14 +39,20 @@ import numpy as np
 
 from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule, unknown
 
-TIME_SPACINGS = ("linspace", "leading", "trailing", "quadratic")
+TIME_SPACINGS = ("linspace", "leading", "trailing", "quadratic", "sgm_uniform")
 LEVEL_SPACINGS = ("karras", "lambda", "exponential", "beta")
 # "Align your steps" (arXiv 2404.14507): the timesteps found for ten steps with each model.
 AYS_TIMESTEPS: dict[str, tuple[int, ...]] = {
     "ays_sd15": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
     "ays_sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
 }
-SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS, *AYS_TIMESTEPS)
+# And for Stable Video Diffusion ten steps of sigma/alpha (its appendix B).
+AYS_SIGMAS: dict[str, tuple[float, ...]] = {
+    "ays_svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS, *AYS_TIMESTEPS, *AYS_SIGMAS)
+# The spacings whose timesteps are T//N apart, more or less.
+STRIDED = ("linspace", "leading", "trailing")
 CONVENTIONS = ("ddim", "dpm", "euler")
 FINALS = ("zero", "sigma_min")
 MODES = ("parity", "exact")
@@ -153,6 +162,8 @@ def timesteps(
     check_choice("spacing", spacing, TIME_SPACINGS)
     check_choice("convention", convention, CONVENTIONS)
     check_steps(steps, num_timesteps)
+    if spacing == "sgm_uniform":
+        return np.linspace(num_timesteps - 1, 0, steps + 1)[:-1]
     extra = 1 if convention == "dpm" else 0
     if spacing == "linspace":
         points = np.linspace(0, num_timesteps - 1, steps + extra)[::-1]
@@ -182,13 +193,15 @@ def make_grid(
 ) -> TimeGrid:
     """A grid by the name of its spacing.
 
-    spacing: "linspace", "leading", "trailing", "quadratic": times, see the top of this file.
+    spacing: "linspace", "leading", "trailing", "quadratic", "sgm_uniform": times, see the top of
+        this file.
         "karras": sigma/alpha between the schedule's ends by the rho rule of EDM (arXiv 2206.00364,
         equation 5). "lambda": uniform in lambda (DPM-Solver, arXiv 2206.00927, section 3.3), and
         "exponential" its other name, with the conventions diffusers has under that one. "beta":
         sigma/alpha at the quantiles of Beta(0.6, 0.6) (arXiv 2407.12173; needs SciPy).
         "ays_sd15", "ays_sdxl": those of "Align your steps" (arXiv 2404.14507); for other numbers
-        of steps than ten, lambda is interpolated.
+        of steps than ten, lambda is interpolated. "ays_svd": sigma/alpha from 700 to 0.002 from the
+        same paper, lambda interpolated (``edm(0.002, 700.0)`` is a schedule that has them).
     final: "zero": the last step goes to the clean sample. "sigma_min": to the noise of ``t_min``.
     stride: step i goes to ``t_i - T//N`` instead of to the next evaluation (DDIM in diffusers).
     mode: in "parity", these four hand the model whole timesteps and, with
@@ -201,13 +214,15 @@ def make_grid(
     check_choice("final", final, FINALS)
     check_choice("mode", mode, MODES)
     check_steps(steps)
+    if stride and spacing not in STRIDED:
+        raise ValueError(f"stride must be False for {spacing} spacing, got True")
     if spacing in LEVEL_SPACINGS:
-        if stride:
-            raise ValueError(f"stride must be False for {spacing} spacing, got True")
         rounded = mode == "parity" and convention != "euler"
         return _level_grid(schedule, steps, spacing, final, mode, rounded, rho)
     if spacing in AYS_TIMESTEPS:
         return _ays_grid(schedule, steps, spacing, final)
+    if spacing in AYS_SIGMAS:
+        return _ays_sigma_grid(schedule, steps, spacing, final)
     if not isinstance(schedule, DiscreteVP):
         if spacing != "linspace":
             raise TypeError(
@@ -216,7 +231,7 @@ def make_grid(
             )
         times = schedule.between(np.arange(steps) / steps)
         lambdas = schedule.lambda_at(times)
-        targets = np.append(lambdas[1:], _end(schedule, final))
+        targets = np.append(lambdas[1:], end_of(schedule, final))
         return TimeGrid(f"linspace ({schedule.name})", times, lambdas, targets, steps)
     times = timesteps(schedule.num_timesteps, steps, spacing, convention, steps_offset)
     if times[0] > schedule.t_max or times[-1] < schedule.t_min:
@@ -225,9 +240,9 @@ def make_grid(
             f"({steps} steps: {times[0]:g} .. {times[-1]:g})"
         )
     lambdas = schedule.lambda_at(times)
-    if convention == "euler":
+    if convention == "euler" and spacing != "sgm_uniform":
         lambdas = _linear_in_sigma(schedule, times)
-    end = _end(schedule, final)
+    end = end_of(schedule, final)
     if stride:
         previous = times - schedule.num_timesteps // steps
         inside = schedule.lambda_at(np.maximum(previous, 0))
@@ -255,8 +270,35 @@ def explicit_grid(
         )
     lambdas = schedule.lambda_at(points)
     return TimeGrid(
-        "explicit", points, lambdas, np.append(lambdas[1:], _end(schedule, final)), points.size
+        "explicit", points, lambdas, np.append(lambdas[1:], end_of(schedule, final)), points.size
     )
+
+
+def sigma_grid(
+    schedule: NoiseSchedule, sigmas: Sequence[float] | np.ndarray, *, name: str = "sigmas"
+) -> TimeGrid:
+    """A grid through the given sigma/alpha, which must decrease strictly; N values are N-1 steps.
+
+    The last value is where the run ends: 0 is the clean sample. The first may be infinite on a
+    schedule that starts from noise alone. Times are fractional; the model is given the nearest time
+    it knows for values beyond the schedule's range.
+
+    Raises ValueError for fewer than two values, and for values that are negative or do not
+    decrease.
+    """
+    points = np.asarray(sigmas, dtype=np.float64)
+    if points.ndim != 1 or points.size < 2:
+        raise ValueError(f"sigmas must be a list of 2 or more numbers, got {sigmas}")
+    with np.errstate(invalid="ignore"):
+        decreasing = np.all(np.diff(points) < 0)
+    if not decreasing or points[-1] < 0:
+        raise ValueError(f"sigmas must decrease strictly and end at 0 or above, got {sigmas}")
+    if math.isinf(points[0]) and math.isfinite(schedule.lambda_at(schedule.t_max)):
+        raise ValueError(f"sigmas must be finite for the schedule {schedule.name}, got {sigmas}")
+    with np.errstate(divide="ignore"):
+        lambdas = -np.log(points)
+    times = schedule.time_at(lambdas[:-1])
+    return TimeGrid(name, times, lambdas[:-1], lambdas[1:], points.size - 1)
 
 
 def _beta_quantiles(probabilities: np.ndarray, shape: float = 0.6) -> np.ndarray:
@@ -267,7 +309,9 @@ def _beta_quantiles(probabilities: np.ndarray, shape: float = 0.6) -> np.ndarray
     return np.asarray(beta.ppf(probabilities, shape, shape), dtype=np.float64)
 
 
-def _end(schedule: NoiseSchedule, final: str) -> float:
+def end_of(schedule: NoiseSchedule, final: str) -> float:
+    """The lambda a run ends at: +inf for "zero", the schedule's largest for "sigma_min"."""
+    check_choice("final", final, FINALS)
     return math.inf if final == "zero" else float(schedule.lambda_at(schedule.t_min))
 
 
@@ -280,7 +324,24 @@ def _ays_grid(schedule: NoiseSchedule, steps: int, spacing: str, final: str) -> 
     places = np.linspace(0, len(known) - 1, steps) if steps > 1 else np.zeros(1)
     times = np.round(schedule.time_at(np.interp(places, np.arange(len(known)), known)))
     lambdas = schedule.lambda_at(times)
-    return TimeGrid(spacing, times, lambdas, np.append(lambdas[1:], _end(schedule, final)), steps)
+    return TimeGrid(spacing, times, lambdas, np.append(lambdas[1:], end_of(schedule, final)), steps)
+
+
+def _ays_sigma_grid(schedule: NoiseSchedule, steps: int, spacing: str, final: str) -> TimeGrid:
+    known = AYS_SIGMAS[spacing]
+    ends = schedule.marginal(schedule.lambda_at(np.array([schedule.t_max, schedule.t_min])))
+    most, least = ends[1] / ends[0]
+    rounding = 1e-12
+    if most < known[0] * (1 - rounding) or least > known[-1] * (1 + rounding):
+        raise ValueError(
+            f"schedule must have sigma/alpha from {known[0]:g} to {known[-1]:g} for {spacing} "
+            f"spacing, got {most:g} to {least:g} ({schedule.name})"
+        )
+    places = np.linspace(0, len(known) - 1, steps + 1)
+    points = np.exp(np.interp(places, np.arange(len(known)), np.log(known)))
+    if final == "zero":
+        points[-1] = 0.0
+    return sigma_grid(schedule, points, name=spacing)
 
 
 def _linear_in_sigma(schedule: DiscreteVP, times: np.ndarray) -> np.ndarray:
@@ -318,7 +379,7 @@ def _level_grid(
     # Rounding must not push the ends out of the schedule's range.
     lambdas[-1] = ends[1]
     lambdas[0] = ends[0]
-    targets = np.append(lambdas[1:], _end(schedule, final))
+    targets = np.append(lambdas[1:], end_of(schedule, final))
     if closing:
         lambdas, targets = lambdas[:-1], targets[:-1]
     times = schedule.time_at(lambdas)

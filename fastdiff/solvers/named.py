@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from fastdiff.solvers.continuous import ContinuousVP, Flow, edm, ve
+from fastdiff.solvers.continuous import ContinuousVP, Flow, cm, edm, ve
 from fastdiff.solvers.schedules import (
     NoiseSchedule,
     cosine,
@@ -24,6 +24,7 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "vp": ContinuousVP,
     "ve": ve,
     "edm": edm,
+    "cm": cm,
     "flow": Flow,
 }
 

@@ -121,6 +121,22 @@ def to_eps(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
     return sigma / (n * n), -alpha * EDM_SIGMA_DATA / n
 
 
+def to_score(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """(from_state, from_output) such that ``score = from_state*x + from_output*output``.
+
+    The score is -eps/sigma. Raises ValueError where sigma is 0.
+    """
+    if prediction == "score":
+        return 0.0, 1.0
+    if sigma == 0:
+        raise ValueError("sigma must be above 0 where the score is asked of a model, got 0")
+    from_state, from_output = to_eps(prediction, alpha, sigma)
+    return -from_state / sigma, -from_output / sigma
+
+
+_CONVERSIONS = {"x0": to_x0, "eps": to_eps, "score": to_score}
+
+
 @dataclass(frozen=True)
 class Step:
     """What the coefficients of one step are made of, all float64.
@@ -163,9 +179,9 @@ class Step:
 def steps_of(
     schedule: NoiseSchedule, grid: TimeGrid, prediction: str, wanted: str = "x0"
 ) -> Iterator[Step]:
-    """The steps of a grid, for a solver that works with the prediction ``wanted`` ("x0", "eps")."""
+    """The steps of a grid, for a solver that works with "x0", "eps" or "score" (``wanted``)."""
     kind = canonical(prediction)
-    convert = to_x0 if wanted == "x0" else to_eps
+    convert = _CONVERSIONS[wanted]
     triples = zip(grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True)
     for index, (time, lam, target) in enumerate(triples):
         alpha, sigma = map(float, schedule.marginal(lam))

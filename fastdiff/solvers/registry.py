@@ -10,23 +10,33 @@ from typing import Any
 import numpy as np
 
 from fastdiff.solvers.adams import deis, lms, pndm
-from fastdiff.solvers.consistency import lcm, lcm_grid
-from fastdiff.solvers.ddim import ddim
+from fastdiff.solvers.consistency import consistency, consistency_grid, lcm, lcm_grid, tcd
+from fastdiff.solvers.ddim import ddim, ddim_inverse
 from fastdiff.solvers.ddpm import ddpm
 from fastdiff.solvers.dpm_solver import dpm_multistep
 from fastdiff.solvers.grids import (
     FINALS,
+    STRIDED,
     TimeGrid,
     check_choice,
     explicit_grid,
     make_grid,
+    sigma_grid,
 )
+from fastdiff.solvers.langevin import annealed_langevin
 from fastdiff.solvers.named import get_schedule
 from fastdiff.solvers.runge_kutta import heun
 from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule, unknown
+from fastdiff.solvers.score_sde import pc, sde_grid
 from fastdiff.solvers.table import SolverTable
 from fastdiff.solvers.unipc import unipc
 
+# Grids that belong to a solver: functions of (schedule, steps, *, final).
+OWN_GRIDS: dict[str, Callable[..., TimeGrid]] = {
+    "lcm": lcm_grid,
+    "consistency": consistency_grid,
+    "sde": sde_grid,
+}
 Grid = str | TimeGrid | Sequence[float] | np.ndarray | None
 
 
@@ -36,6 +46,7 @@ class Solver:
 
     Calling it is calling ``build(schedule, grid, **options)``.
     spacing, convention: the grid when none is asked for; diffusers' default for this solver.
+    own_spacing: ``spacing`` goes before the schedule's own.
     stride: in parity mode and on whole-timestep spacings, a step goes to ``t - T//N``.
     final: the option that says where the last step goes, with its default: a spelling of
         "zero"/"sigma_min" or a truth value; None when it always goes to the clean sample.
@@ -49,6 +60,7 @@ class Solver:
     stride: bool = False
     final: tuple[str, str | bool] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    own_spacing: bool = False
 
     def __call__(self, schedule: NoiseSchedule, grid: TimeGrid, **options: Any) -> SolverTable:
         table = self.build(schedule, grid, **self.fixed, **options)
@@ -71,6 +83,7 @@ def _dpm(name: str, order: int, algorithm: str = "dpmsolver++") -> Solver:
 
 
 _LEVELS = ("final_sigmas_type", "zero")
+_LEAST = ("final_sigmas_type", "sigma_min")
 _ALPHA = "set_alpha_to_one"
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
@@ -88,13 +101,18 @@ SOLVERS: dict[str, Solver] = {
         _dpm("dpm_3m", 3, "dpmsolver"),
         _dpm("dpm_2m_sde", 2, "sde-dpmsolver"),
         Solver("unipc", unipc, "linspace", "dpm", final=_LEVELS),
-        Solver("deis", deis, "linspace", "dpm", final=("final_sigmas_type", "sigma_min")),
+        Solver("deis", deis, "linspace", "dpm", final=_LEAST),
         # In sigma/alpha Euler's method is DDIM, and with ancestral noise its eta = 1.
         Solver("euler", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 0.0}),
         Solver("euler_ancestral", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 1.0}),
         Solver("heun", heun, "linspace", "euler", final=_LEVELS),
         Solver("lms", lms, "linspace", "euler", final=_LEVELS),
-        Solver("lcm", lcm, "lcm", "ddim"),
+        Solver("ddim_inverse", ddim_inverse, "leading", "ddim", stride=True, final=(_ALPHA, True)),
+        Solver("lcm", lcm, "lcm", "ddim", own_spacing=True),
+        Solver("tcd", tcd, "lcm", "ddim", final=_LEAST, own_spacing=True),
+        Solver("consistency", consistency, "consistency", "ddim", own_spacing=True),
+        Solver("pc", pc, "sde", "ddim", own_spacing=True),
+        Solver("annealed_langevin", annealed_langevin, "lambda", "ddim", own_spacing=True),
     )
 }
 
@@ -116,6 +134,7 @@ def make_table(
     steps: int | None = None,
     *,
     grid: Grid = None,
+    sigmas: Sequence[float] | np.ndarray | None = None,
     prediction: str = "eps",
     mode: str = "parity",
     guidance_scale: float | Sequence[float] = 1.0,
@@ -127,8 +146,11 @@ def make_table(
     solver: a name in SOLVERS. schedule: a name in SCHEDULES, or a NoiseSchedule.
     steps: the number of model evaluations; not used when ``grid`` says where they are.
     grid: None (the schedule's own spacing, or the solver's), the name of a spacing ("linspace",
-        "leading", "trailing", "quadratic", "karras", "lambda", "exponential", "beta",
-        "ays_sd15", "ays_sdxl", "lcm"), a list of decreasing timesteps, or a TimeGrid.
+        "leading", "trailing", "quadratic", "sgm_uniform", "karras", "lambda", "exponential",
+        "beta", "ays_sd15", "ays_sdxl", "ays_svd", and the solvers' own "lcm", "consistency",
+        "sde"), a list of decreasing timesteps, or a TimeGrid.
+    sigmas: instead of a grid, the values of sigma/alpha the run goes through, decreasing; the last
+        is where it ends, 0 at the clean sample (:func:`sigma_grid`).
     prediction: what the model predicts: "eps", "v", "x0", "flow", "score" or "edm".
     strength: only the last int(strength*N) of the grid's N steps, for image-to-image; a multistep
         solver starts there with its first order, and what depends on the number of steps uses N.
@@ -146,6 +168,15 @@ def make_table(
             raise TypeError(
                 f"{chosen.name} takes the options {', '.join(chosen.options())}, got {name!r}"
             )
+    if sigmas is not None:
+        if grid is not None:
+            raise ValueError("grid must be None when sigmas are given, got both")
+        if chosen.final and chosen.final[0] in options:
+            raise ValueError(
+                f"{chosen.final[0]} must not be given with sigmas, whose last value says where the "
+                f"run ends, got {options[chosen.final[0]]!r}"
+            )
+        grid = sigma_grid(schedule, sigmas)
     final = "zero"
     if chosen.final:
         value = options.pop(chosen.final[0], chosen.final[1])
@@ -160,10 +191,9 @@ def make_table(
     if isinstance(grid, TimeGrid):
         points = grid
     elif grid is None or isinstance(grid, str):
-        spacing = grid or (chosen.spacing if chosen.spacing == "lcm" else schedule.spacing)
-        spacing = spacing or chosen.spacing
+        spacing = grid or (None if chosen.own_spacing else schedule.spacing) or chosen.spacing
         if steps is None:
-            raise ValueError("steps must be given unless grid lists the times, got None")
+            raise ValueError("steps must be given unless grid or sigmas list them, got None")
         points = _named_grid(chosen, schedule, steps, spacing, int(steps_offset), final, mode)
     else:
         points = explicit_grid(schedule, grid, final=final)
@@ -197,12 +227,12 @@ def _named_grid(
     final: str,
     mode: str,
 ) -> TimeGrid:
-    if spacing == "lcm":
-        return lcm_grid(schedule, steps)
+    if spacing in OWN_GRIDS:
+        return OWN_GRIDS[spacing](schedule, steps, final=final)
     discrete = isinstance(schedule, DiscreteVP)
-    if not discrete and spacing in ("leading", "trailing"):
+    if not discrete and spacing in ("leading", "trailing", "sgm_uniform"):
         spacing = "linspace"  # in continuous time there is one uniform grid
-    equal_strides = discrete and spacing in ("linspace", "leading", "trailing")
+    equal_strides = discrete and spacing in STRIDED
     return make_grid(
         schedule,
         steps,
