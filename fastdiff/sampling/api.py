@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff._ext import DTYPE_CODES
-from fastdiff.sampling.calls import Arguments, ComposedEvaluate, Outputs, PlainEvaluate
 from fastdiff.sampling.guidance import (
     Guidance,
     Scale,
     TableGuidance,
     check_scale,
     guided_table,
-    is_guided,
 )
-from fastdiff.sampling.hooks import Hook, RunFacts
+from fastdiff.sampling.hooks import Hook
+from fastdiff.sampling.run import Run
 from fastdiff.sampling.state import RunState
 from fastdiff.solvers import NoiseSchedule, SigmaSchedule, SolverTable, make_table
-from fastdiff.solvers.engine import StepInfo, run, state_dtype
+from fastdiff.solvers.engine import StepInfo, state_dtype
 from fastdiff.solvers.noise import GeneratorNoise, Noise, PhiloxNoise
 from fastdiff.solvers.registry import Grid, get_solver, start_of
 
@@ -128,87 +127,49 @@ def sample(
         if strength != 1:
             options = dict(options, strength=float(strength))
         table = _table(defaults, solver, steps, schedule, grid, prediction, guidance, options)
-    guided = is_guided(table)
-    _check_guided(guided, guidance, guidance_scale, cond, uncond)
-    arguments = Arguments.of(shape[0], guided, cond, uncond, model_kwargs)
-
-    held = state_dtype(dtype)
-    if resume is None:
-        noise, initial, done = _noise(shape, seed, generator, dtype, held, device), None, 0
-    else:
-        noise, initial, done = resume.noise(), resume.initial, resume.next_row
-
-    def initial_noise() -> Tensor:
-        nonlocal initial
-        z = noise.initial() if initial is None else initial
-        if hooks:  # which may ask for it again
-            initial = z
-        return z
-
-    if resume is not None or x is not None:
-        assert given is not None
-        state = given.detach().to(device, held)
-    elif init is not None:
-        state = _noised(table, init.detach().to(device, held), initial_noise())
-    else:
-        state = initial_noise() * table.init_scale if table.init_scale != 1 else initial_noise()
-
-    memory_format = _memory_format(state)
-    state = state.contiguous(memory_format=memory_format)
-    for hook in hooks:
-        hook.begin(RunFacts(table, shape, held, device, initial_noise))
+    run = Run(
+        model,
+        shape,
+        device,
+        dtype,
+        noise=_noise(shape, seed, generator, dtype, device) if resume is None else resume.noise(),
+        guidance=guidance,
+        hooks=tuple(hooks),
+        cond=cond,
+        uncond=uncond,
+        model_kwargs=model_kwargs,
+        drop_variance=drop_variance,
+        engine=engine,
+        initial=None if resume is None else resume.initial,
+    )
+    run.check(table)
+    done = 0 if resume is None else resume.next_row
+    state = run.start(table, x if resume is None else resume.x, init)
+    run.begin(table, state)
     if done == len(table):
         return state.to(dtype)
-
-    evaluate: PlainEvaluate | ComposedEvaluate
-    if guidance.plain(table) and not hooks and not table.has_rules:
-        copies = 2 if guided else 1
-        outputs = _outputs((copies * shape[0], *shape[1:]), dtype, state, drop_variance)
-        kwargs = arguments.stacked if guided else arguments.cond
-        evaluate = PlainEvaluate(model, table, kwargs, outputs)
-        plan, sources, seen = table, noise, dtype
-    else:
-        copies = 1
-        outputs = _outputs(shape, dtype, state, drop_variance)
-        evaluate = ComposedEvaluate(model, table, arguments, outputs, guidance, hooks, noise)
-        # A rule changes the noise, which must then be drawn outside the kernels.
-        plan, sources, seen = table.of_predictions, evaluate if table.has_rules else noise, held
-
     bar: Any = None
     if progress:
         from tqdm import tqdm
 
         bar = tqdm(total=len(table), desc=table.name, initial=done)
-    stepping = [hook for hook in hooks if type(hook).step is not Hook.step]
 
-    def on_step(info: StepInfo) -> bool:
-        for hook in stepping:
-            hook.step(info)
+    def after(info: StepInfo) -> bool:
         if bar is not None:
             bar.update()
         if callback is None:
             return True
+        captured = info.with_capture(lambda: run.capture(info, table))
+        return callback(captured) is not False
 
-        def capture() -> RunState:
-            return RunState.of(info, table, noise, dtype, initial)
-
-        return callback(info.with_capture(capture)) is not False
-
-    watched = bar is not None or callback is not None or bool(stepping)
     try:
-        with torch.no_grad():
-            result = run(
-                plan,
-                state,
-                evaluate,
-                dtype=seen,
-                copies=copies,
-                noise=sources,
-                on_step=on_step if watched else None,
-                engine=engine,
-                resume=None if resume is None else (done, resume.registers),
-                owned=given is None and initial is None,
-            )
+        result = run.loop(
+            table,
+            state,
+            after=after if bar is not None or callback is not None else None,
+            resume=None if resume is None else (done, resume.registers),
+            owned=given is None and run.initial is None,
+        )
     finally:
         if bar is not None:
             bar.close()
@@ -261,44 +222,6 @@ def _guidance_of(scale: float | tuple[float, ...]) -> Guidance:
 
 def _plain_guidance(scale: object) -> Guidance:
     return _guidance_of(check_scale("guidance_scale", scale))
-
-
-def _check_guided(
-    guided: bool, guidance: Guidance, scale: object, cond: object, uncond: object
-) -> None:
-    for name, value in (("cond", cond), ("uncond", uncond)):
-        if value is not None and not isinstance(value, Mapping):
-            raise TypeError(
-                f"{name} must be a dict of the model's keyword arguments, "
-                f"got {type(value).__name__}"
-            )
-    missing = [name for name, value in (("cond", cond), ("uncond", uncond)) if value is None]
-    if guided and missing and guidance.guide is None:
-        raise ValueError(
-            "guidance_scale must be 1 unless cond and uncond are given, got "
-            f"{guidance.scale if scale == 1 else scale} without {' and '.join(missing)}"
-        )
-
-
-def _noised(table: SolverTable, init: Tensor, z: Tensor) -> Tensor:
-    """The state of the table's first row for the clean samples ``init``."""
-    level = table.rows[0].level
-    if level is None:
-        raise ValueError("init must be None for a table whose rows do not give their level")
-    return init * level[0] + z * level[1]
-
-
-def _memory_format(state: Tensor) -> torch.memory_format:
-    channels_last = state.dim() == 4 and state.is_contiguous(memory_format=torch.channels_last)
-    if channels_last and not state.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _outputs(
-    shape: Sequence[int], dtype: torch.dtype, state: Tensor, drop_variance: bool
-) -> Outputs:
-    return Outputs(torch.Size(shape), dtype, state.device, _memory_format(state), drop_variance)
 
 
 def _model_defaults(model: Any) -> Any:
@@ -435,9 +358,9 @@ def _noise(
     seed: Seed | None,
     generator: Generators | None,
     dtype: torch.dtype,
-    held: torch.dtype,
     device: torch.device,
 ) -> Noise:
+    held = state_dtype(dtype)
     if seed is None:
         return GeneratorNoise(shape, generator, dtype=dtype, state_dtype=held, device=device)
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
