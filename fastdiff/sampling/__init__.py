@@ -17,6 +17,7 @@ from fastdiff.sampling.hooks import (
     Preview,
     RunFacts,
 )
+from fastdiff.sampling.likelihood import Likelihood, log_likelihood
 from fastdiff.sampling.state import RunState
 from fastdiff.solvers.engine import StepInfo
 
@@ -27,11 +28,13 @@ __all__ = [
     "Guidance",
     "Hook",
     "Inpaint",
+    "Likelihood",
     "Place",
     "Preview",
     "RunFacts",
     "RunState",
     "StepInfo",
     "classifier_gradient",
+    "log_likelihood",
     "sample",
 ]
