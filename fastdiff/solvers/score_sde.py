@@ -177,8 +177,7 @@ def pc(
 
     Raises ValueError for an unknown name or option value, two times "none", a probability flow by
     ancestral_sampling, euler_maruyama on another schedule, and ancestral_sampling from pure noise
-    (alpha = 0), and the reference's betas where the largest is not below 1 (beta_max steps or
-    fewer).
+    (alpha = 0), and beta_max steps or fewer of score_sde's betas, the largest of which is then 1.
     """
     check_choice("mode", mode, MODES)
     check_choice("predictor", predictor, PREDICTORS)

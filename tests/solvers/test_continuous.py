@@ -13,13 +13,14 @@ from mixture import Mixture
 import fastdiff
 from fastdiff import solvers
 from fastdiff.solvers import ContinuousVP, Flow, SigmaSchedule, dynamic_shift
-from fastdiff.solvers.prediction import EDM_SIGMA_DATA, input_scale, to_eps, to_x0
+from fastdiff.solvers.prediction import EDM_SIGMA_DATA, input_scale, to_eps, to_score, to_x0
 
 SCHEDULES = [
     ContinuousVP(),
     ContinuousVP(t_end=1e-5, time_scale=999.0),
     solvers.ve(),
     solvers.edm(),
+    solvers.cm(),
     Flow(),
     Flow(shift=3.0, time_scale=1.0),
 ]
@@ -67,7 +68,7 @@ def test_zero_terminal_snr_rescale():
 
 
 @pytest.mark.parametrize(("alpha", "sigma"), [(0.8, 0.6), (1.0, 7.0), (0.3, 0.7), (1.0, 0.01)])
-def test_every_prediction_gives_the_same_x0_and_eps(alpha, sigma):
+def test_every_prediction_gives_the_same_x0_eps_and_score(alpha, sigma):
     x0, eps = 0.7, -1.3
     x, n = alpha * x0 + sigma * eps, math.hypot(alpha, sigma)
     skip = alpha * EDM_SIGMA_DATA**2 / (sigma**2 + alpha**2 * EDM_SIGMA_DATA**2)
@@ -81,7 +82,7 @@ def test_every_prediction_gives_the_same_x0_and_eps(alpha, sigma):
         "edm": (x0 - skip * x) / out,
     }
     for kind, output in outputs.items():
-        for convert, expected in ((to_x0, x0), (to_eps, eps)):
+        for convert, expected in ((to_x0, x0), (to_eps, eps), (to_score, -eps / sigma)):
             state, model = convert(kind, alpha, sigma)
             assert state * x + model * output == pytest.approx(expected, rel=1e-10), kind
         if kind != "edm":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mixture import Mixture
+from moments import moments
 
 import fastdiff
 from fastdiff import solvers
@@ -106,6 +107,8 @@ ORDERS = [
     ("lms", {"order": 4}, 4),
     ("heun", {}, 2),
     ("pndm", {}, 2),
+    ("tcd", {"eta": 0.0}, 1),
+    ("pc", {"corrector": "none", "probability_flow": True}, 1),
 ]
 
 
@@ -153,6 +156,13 @@ def _dirac_or_normal(schedule, std):
         ("lms", {}),
         ("pndm", {}),
         ("lcm", {}),
+        ("tcd", {"eta": 0.3}),
+        ("tcd", {"eta": 1.0}),
+        ("consistency", {}),
+        ("pc", {"corrector": "none"}),
+        ("pc", {"corrector": "none", "predictor": "ancestral_sampling"}),
+        ("pc", {"corrector": "ald", "snr": 0.1, "n_steps": 2}),
+        ("annealed_langevin", {"step_size": 1e-4, "steps_per_level": 3}),
     ],
 )
 def test_mean_and_variance_of_normal_data(solver, options):
@@ -166,30 +176,9 @@ def test_mean_and_variance_of_normal_data(solver, options):
     table = solvers.make_table(solver, schedule, 25, mode="exact", **options)
     n = 40_000
     result = fastdiff.sample(model, (n, 1), solver=table, dtype=torch.float64, seed=11)
-    mean, variance = _moments(table, schedule, model)
+    mean, variance = moments(table, schedule, model)
     assert result.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / n))
     assert result.var().item() == pytest.approx(variance, abs=4 * variance * math.sqrt(2 / n))
-
-
-def _moments(table, schedule, model):
-    """Mean and variance of register 0, by the joint covariance of the registers."""
-    r = table.num_registers
-    mean, cov = np.zeros(r), np.zeros((r, r))
-    cov[0, 0] = table.init_scale**2
-    for row in table.rows:
-        alpha, sigma = map(float, schedule.marginal(schedule.lambda_at(row.time)))
-        at0 = model.at(torch.zeros(1, dtype=torch.float64), alpha, sigma).item()
-        slope = model.at(torch.ones(1, dtype=torch.float64), alpha, sigma).item() - at0
-        predict = np.zeros(r)
-        predict[row.feed] = row.from_state + row.from_output * slope
-        step, shift, noise = np.eye(r), np.zeros(r), np.zeros(r)
-        for update in row.updates:
-            step[update.dest] = np.array(update.from_registers) + update.from_prediction * predict
-            shift[update.dest] = update.from_prediction * row.from_output * at0
-            noise[update.dest] = update.from_noise
-        mean = step @ mean + shift
-        cov = step @ cov @ step.T + np.outer(noise, noise)
-    return mean[0], cov[0, 0]
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
@@ -201,7 +190,7 @@ def test_ddpm_moments_tend_to_the_datas(variance_type):
         table = solvers.make_table(
             "ddpm", schedule, steps, mode="exact", variance_type=variance_type
         )
-        mean, variance = _moments(table, schedule, model)
+        mean, variance = moments(table, schedule, model)
         assert mean == pytest.approx(0.4, abs=5e-3)
         gaps.append(abs(variance - 0.25))
     # First order in the step: five times the steps, a fifth of the gap.
@@ -213,6 +202,6 @@ def test_ddpm_is_exact_in_one_respect_each_way():
     schedule = solvers.linear()
     point = _dirac_or_normal(schedule, 0.0)
     table = solvers.make_table("ddpm", schedule, 10, mode="exact", variance_type="fixed_small")
-    mean, variance = _moments(table, schedule, point)
+    mean, variance = moments(table, schedule, point)
     assert mean == pytest.approx(0.4, abs=1e-12)
     assert variance == pytest.approx(0.0, abs=1e-20)
