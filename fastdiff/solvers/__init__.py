@@ -10,6 +10,7 @@ file of its family, and one line in SOLVERS (registry.py). Engines and kernels n
 from __future__ import annotations
 
 from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.ancestral import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.consistency import lcm, lcm_grid
 from fastdiff.solvers.continuous import (
     ContinuousVP,
@@ -25,7 +26,7 @@ from fastdiff.solvers.dpm_solver import dpm_multistep
 from fastdiff.solvers.grids import TimeGrid, explicit_grid, make_grid
 from fastdiff.solvers.named import SCHEDULES, get_schedule
 from fastdiff.solvers.registry import SOLVERS, Solver, get_solver, make_table
-from fastdiff.solvers.runge_kutta import heun
+from fastdiff.solvers.runge_kutta import edm_stochastic, heun, midpoint
 from fastdiff.solvers.schedules import (
     DiscreteVP,
     NoiseSchedule,
@@ -38,6 +39,7 @@ from fastdiff.solvers.schedules import (
     sigmoid,
     zero_terminal_snr,
 )
+from fastdiff.solvers.singlestep import dpm_fast, dpm_singlestep
 from fastdiff.solvers.table import PackedTable, Row, SolverTable, Update
 from fastdiff.solvers.unipc import unipc
 
@@ -59,9 +61,16 @@ __all__ = [
     "ddim",
     "ddpm",
     "deis",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "dpm_fast",
     "dpm_multistep",
+    "dpm_singlestep",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
     "dynamic_shift",
     "edm",
+    "edm_stochastic",
     "explicit_grid",
     "from_alphas_cumprod",
     "from_betas",
@@ -75,6 +84,7 @@ __all__ = [
     "lms",
     "make_grid",
     "make_table",
+    "midpoint",
     "pndm",
     "scaled_linear",
     "sigmoid",

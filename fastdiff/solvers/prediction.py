@@ -149,28 +149,44 @@ class Step:
         )
 
 
+def step_between(
+    schedule: NoiseSchedule,
+    kind: str,
+    wanted: str,
+    index: int,
+    time: float,
+    lam: float,
+    target: float,
+) -> Step:
+    """The step from lambda to ``target`` with the model evaluated at ``time``.
+
+    kind: a canonical prediction. wanted: what the solver works with, "x0" or "eps".
+    """
+    alpha, sigma = map(float, schedule.marginal(lam))
+    alpha_to, sigma_to = map(float, schedule.marginal(target))
+    convert = to_x0 if wanted == "x0" else to_eps
+    return Step(
+        index,
+        time,
+        lam,
+        target,
+        alpha,
+        sigma,
+        alpha_to,
+        sigma_to,
+        input_scale(kind, alpha, sigma),
+        *convert(kind, alpha, sigma),
+    )
+
+
 def steps_of(
     schedule: NoiseSchedule, grid: TimeGrid, prediction: str, wanted: str = "x0"
 ) -> Iterator[Step]:
     """The steps of a grid, for a solver that works with the prediction ``wanted`` ("x0", "eps")."""
     kind = canonical(prediction)
-    convert = to_x0 if wanted == "x0" else to_eps
     triples = zip(grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True)
     for index, (time, lam, target) in enumerate(triples):
-        alpha, sigma = map(float, schedule.marginal(lam))
-        alpha_to, sigma_to = map(float, schedule.marginal(target))
-        yield Step(
-            index,
-            time,
-            lam,
-            target,
-            alpha,
-            sigma,
-            alpha_to,
-            sigma_to,
-            input_scale(kind, alpha, sigma),
-            *convert(kind, alpha, sigma),
-        )
+        yield step_between(schedule, kind, wanted, index, time, lam, target)
 
 
 def table_of(
