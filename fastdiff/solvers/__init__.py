@@ -10,6 +10,7 @@ file of its family, and one line in SOLVERS (registry.py). Engines and kernels n
 from __future__ import annotations
 
 from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.ancestral import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.consistency import consistency, consistency_grid, lcm, lcm_grid, tcd
 from fastdiff.solvers.continuous import (
     ContinuousVP,
@@ -27,7 +28,7 @@ from fastdiff.solvers.grids import TimeGrid, explicit_grid, make_grid, sigma_gri
 from fastdiff.solvers.langevin import annealed_langevin
 from fastdiff.solvers.named import SCHEDULES, get_schedule
 from fastdiff.solvers.registry import SOLVERS, Solver, get_solver, make_table
-from fastdiff.solvers.runge_kutta import heun
+from fastdiff.solvers.runge_kutta import edm_stochastic, heun, midpoint
 from fastdiff.solvers.schedules import (
     DiscreteVP,
     NoiseSchedule,
@@ -41,6 +42,7 @@ from fastdiff.solvers.schedules import (
     zero_terminal_snr,
 )
 from fastdiff.solvers.score_sde import pc, sde_grid
+from fastdiff.solvers.singlestep import dpm_fast, dpm_singlestep
 from fastdiff.solvers.table import PackedTable, Row, SolverTable, Update
 from fastdiff.solvers.unipc import unipc
 
@@ -67,9 +69,16 @@ __all__ = [
     "ddim_inverse",
     "ddpm",
     "deis",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "dpm_fast",
     "dpm_multistep",
+    "dpm_singlestep",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
     "dynamic_shift",
     "edm",
+    "edm_stochastic",
     "explicit_grid",
     "from_alphas_cumprod",
     "from_betas",
@@ -83,6 +92,7 @@ __all__ = [
     "lms",
     "make_grid",
     "make_table",
+    "midpoint",
     "pc",
     "pndm",
     "scaled_linear",

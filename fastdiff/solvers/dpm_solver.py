@@ -44,18 +44,21 @@ ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 FEW_STEPS = 15
 
 
-def _first(step: Step, algorithm: str) -> tuple[float, float, float, float]:
-    """(from_x, S, g, from_noise) of a step; see the top of this file."""
+def first_order(step: Step, algorithm: str, eta: float = 1.0) -> tuple[float, float, float, float]:
+    """(from_x, S, g, from_noise) of a step; see the top of this file.
+
+    eta: of "sde-dpmsolver++" alone: the noise is that of h replaced by eta h, g is (1 + eta) h.
+    """
     h, sde = step.h, algorithm.startswith("sde")
     if algorithm.endswith("++"):
-        from_x = step.sigma_to / step.sigma * (math.exp(-h) if sde else 1.0)
-        noise = step.sigma_to * math.sqrt(-math.expm1(-2 * h)) if sde else 0.0
-        return from_x, step.alpha_to, 2 * h if sde else h, noise
+        decay = eta * h if sde and eta else 0.0
+        from_x = step.sigma_to / step.sigma * math.exp(-decay)
+        return from_x, step.alpha_to, h + decay, step.sigma_to * math.sqrt(-math.expm1(-2 * decay))
     noise = step.sigma_to * math.sqrt(math.expm1(2 * h)) if sde else 0.0
     return step.alpha_to / step.alpha, step.sigma_to * (2.0 if sde else 1.0), -h, noise
 
 
-def _weights(
+def weights_of(
     order: int, size: float, g: float, r0: float, r1: float, solver_type: str, mode: str
 ) -> list[float]:
     """Coefficients of m0, m1, m2 in a step; ``size`` is S."""
@@ -134,13 +137,13 @@ def dpm_multistep(
             here = 1
         elif i == n - 2 and few:
             here = min(here, 2)
-        from_x, size, g, noise = _first(step, algorithm_type)
+        from_x, size, g, noise = first_order(step, algorithm_type)
         if step.h == 0:
             weights = [0.0]
         else:
             gaps = [grid.lambdas[j] - grid.lambdas[j - 1] for j in (i, i - 1) if j > 0]
             r0, r1 = ([float(gap) / step.h for gap in gaps] + [math.inf] * 2)[:2]
-            weights = _weights(here, size, g, r0, r1, solver_type, mode)
+            weights = weights_of(here, size, g, r0, r1, solver_type, mode)
         draw = -1
         if sde and (noise > 0 or mode == "parity"):
             draw, draws = draws, draws + 1

@@ -176,28 +176,43 @@ class Step:
         )
 
 
+def step_between(
+    schedule: NoiseSchedule,
+    kind: str,
+    wanted: str,
+    index: int,
+    time: float,
+    lam: float,
+    target: float,
+) -> Step:
+    """The step from lambda to ``target`` with the model evaluated at ``time``.
+
+    kind: a canonical prediction. wanted: what the solver works with, "x0", "eps" or "score".
+    """
+    alpha, sigma = map(float, schedule.marginal(lam))
+    alpha_to, sigma_to = map(float, schedule.marginal(target))
+    return Step(
+        index,
+        time,
+        lam,
+        target,
+        alpha,
+        sigma,
+        alpha_to,
+        sigma_to,
+        input_scale(kind, alpha, sigma),
+        *_CONVERSIONS[wanted](kind, alpha, sigma),
+    )
+
+
 def steps_of(
     schedule: NoiseSchedule, grid: TimeGrid, prediction: str, wanted: str = "x0"
 ) -> Iterator[Step]:
     """The steps of a grid, for a solver that works with "x0", "eps" or "score" (``wanted``)."""
     kind = canonical(prediction)
-    convert = _CONVERSIONS[wanted]
     triples = zip(grid.times.tolist(), grid.lambdas.tolist(), grid.targets.tolist(), strict=True)
     for index, (time, lam, target) in enumerate(triples):
-        alpha, sigma = map(float, schedule.marginal(lam))
-        alpha_to, sigma_to = map(float, schedule.marginal(target))
-        yield Step(
-            index,
-            time,
-            lam,
-            target,
-            alpha,
-            sigma,
-            alpha_to,
-            sigma_to,
-            input_scale(kind, alpha, sigma),
-            *convert(kind, alpha, sigma),
-        )
+        yield step_between(schedule, kind, wanted, index, time, lam, target)
 
 
 def table_of(

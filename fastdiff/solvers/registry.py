@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.ancestral import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.consistency import consistency, consistency_grid, lcm, lcm_grid, tcd
 from fastdiff.solvers.ddim import ddim, ddim_inverse
 from fastdiff.solvers.ddpm import ddpm
@@ -25,9 +26,10 @@ from fastdiff.solvers.grids import (
 )
 from fastdiff.solvers.langevin import annealed_langevin
 from fastdiff.solvers.named import get_schedule
-from fastdiff.solvers.runge_kutta import heun
+from fastdiff.solvers.runge_kutta import edm_stochastic, heun, midpoint
 from fastdiff.solvers.schedules import DiscreteVP, NoiseSchedule, unknown
 from fastdiff.solvers.score_sde import pc, sde_grid
+from fastdiff.solvers.singlestep import dpm_fast, dpm_singlestep
 from fastdiff.solvers.table import SolverTable
 from fastdiff.solvers.unipc import unipc
 
@@ -74,12 +76,15 @@ class Solver:
         return (*own, "steps_offset", *([self.final[0]] if self.final else []))
 
 
-def _dpm(name: str, order: int, algorithm: str = "dpmsolver++") -> Solver:
+def _dpm(
+    name: str,
+    order: int,
+    algorithm: str = "dpmsolver++",
+    build: Callable[..., SolverTable] = dpm_multistep,
+) -> Solver:
     final = "zero" if algorithm.endswith("++") else "sigma_min"
     fixed = {"order": order, "algorithm_type": algorithm}
-    return Solver(
-        name, dpm_multistep, "linspace", "dpm", final=("final_sigmas_type", final), fixed=fixed
-    )
+    return Solver(name, build, "linspace", "dpm", final=("final_sigmas_type", final), fixed=fixed)
 
 
 _LEVELS = ("final_sigmas_type", "zero")
@@ -100,12 +105,25 @@ SOLVERS: dict[str, Solver] = {
         _dpm("dpm_2m", 2, "dpmsolver"),
         _dpm("dpm_3m", 3, "dpmsolver"),
         _dpm("dpm_2m_sde", 2, "sde-dpmsolver"),
+        _dpm("dpmpp_2s", 2, build=dpm_singlestep),
+        _dpm("dpmpp_3s", 3, build=dpm_singlestep),
+        _dpm("dpmpp_2s_sde", 2, "sde-dpmsolver++", dpm_singlestep),
+        _dpm("dpmpp_3s_sde", 3, "sde-dpmsolver++", dpm_singlestep),
+        _dpm("dpm_2s", 2, "dpmsolver", dpm_singlestep),
+        _dpm("dpm_3s", 3, "dpmsolver", dpm_singlestep),
+        Solver("dpm_fast", dpm_fast, "lambda", "euler", final=_LEAST),
         Solver("unipc", unipc, "linspace", "dpm", final=_LEVELS),
         Solver("deis", deis, "linspace", "dpm", final=_LEAST),
         # In sigma/alpha Euler's method is DDIM, and with ancestral noise its eta = 1.
         Solver("euler", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 0.0}),
         Solver("euler_ancestral", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 1.0}),
         Solver("heun", heun, "linspace", "euler", final=_LEVELS),
+        Solver("midpoint", midpoint, "linspace", "euler", final=_LEVELS),
+        Solver("edm_stochastic", edm_stochastic, "karras", "euler", final=_LEVELS),
+        Solver("dpm_2", dpm_2, "linspace", "euler", final=_LEVELS),
+        Solver("dpm_2_ancestral", dpm_2_ancestral, "linspace", "euler", final=_LEVELS),
+        Solver("dpmpp_2s_ancestral", dpmpp_2s_ancestral, "linspace", "euler", final=_LEVELS),
+        Solver("dpmpp_sde", dpmpp_sde, "linspace", "euler", final=_LEVELS),
         Solver("lms", lms, "linspace", "euler", final=_LEVELS),
         Solver("ddim_inverse", ddim_inverse, "leading", "ddim", stride=True, final=(_ALPHA, True)),
         Solver("lcm", lcm, "lcm", "ddim", own_spacing=True),

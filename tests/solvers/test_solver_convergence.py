@@ -14,31 +14,27 @@ from moments import moments
 
 import fastdiff
 from fastdiff import solvers
-from fastdiff.solvers import TimeGrid
+from fastdiff.solvers import NoiseSchedule, TimeGrid
 
 
-def _lambda_grid(start: float, end: float, steps: int, power: int = 1) -> TimeGrid:
-    """Uniform in (lambda - start)^(1/power); times are lambdas, for a model that takes those.
+def _lambda_grid(
+    schedule: NoiseSchedule, start: float, end: float, steps: int, power: int = 1
+) -> TimeGrid:
+    """Uniform in (lambda - start)^(1/power).
 
     A multistep solver's first step is of order 1: at power 2 it is h^2 long, its error h^4.
     """
     points = start + (end - start) * np.linspace(0, 1, steps + 1) ** power
-    return TimeGrid("test", points[:-1], points[:-1], points[1:], steps)
-
-
-class _LambdaMixture(Mixture):
-    def __call__(self, x, t):
-        alpha, sigma = map(float, self.schedule.marginal(float(t.reshape(-1)[0])))
-        return self.at(x, alpha, sigma)
+    return TimeGrid("test", schedule.time_at(points[:-1]), points[:-1], points[1:], steps)
 
 
 def _errors(build, steps_list, start=-2.0, end=3.0, power=1):
     schedule = solvers.linear()
-    model = _LambdaMixture(schedule, "eps")
+    model = Mixture(schedule, "eps")
     truth = _truth(start, end)
     errors = []
     for steps in steps_list:
-        table = build(schedule, _lambda_grid(start, end, steps, power))
+        table = build(schedule, _lambda_grid(schedule, start, end, steps, power))
         result = fastdiff.sample(model, x=_start(), solver=table)
         errors.append((result - truth).abs().max().item())
     return errors
@@ -109,6 +105,22 @@ ORDERS = [
     ("pndm", {}, 2),
     ("tcd", {"eta": 0.0}, 1),
     ("pc", {"corrector": "none", "probability_flow": True}, 1),
+    ("dpmpp_2s", {}, 2),
+    ("dpmpp_2s", {"solver_type": "heun"}, 2),
+    ("dpmpp_3s", {}, 3),
+    ("dpmpp_3s", {"solver_type": "heun"}, 3),
+    ("dpm_2s", {}, 2),
+    ("dpm_2s", {"solver_type": "heun"}, 2),
+    ("dpm_3s", {}, 3),
+    ("dpm_3s", {"solver_type": "heun"}, 3),
+    ("dpmpp_2s_sde", {"eta": 0.0}, 2),
+    ("dpm_2", {}, 2),
+    ("midpoint", {}, 2),
+    ("edm_stochastic", {"s_churn": 0.0}, 2),
+    ("edm_stochastic", {"s_churn": 0.0, "order": 1}, 1),
+    ("dpm_2_ancestral", {"eta": 0.0}, 2),
+    ("dpmpp_2s_ancestral", {"eta": 0.0}, 2),
+    ("dpmpp_sde", {"eta": 0.0}, 2),
 ]
 
 
@@ -163,6 +175,18 @@ def _dirac_or_normal(schedule, std):
         ("pc", {"corrector": "none", "predictor": "ancestral_sampling"}),
         ("pc", {"corrector": "ald", "snr": 0.1, "n_steps": 2}),
         ("annealed_langevin", {"step_size": 1e-4, "steps_per_level": 3}),
+        ("dpmpp_3s", {}),
+        ("dpm_fast", {"eta": 0.7}),
+        ("dpmpp_2s_sde", {}),
+        ("dpmpp_2s_sde", {"eta": 0.6, "solver_type": "heun"}),
+        ("dpmpp_3s_sde", {"solver_type": "heun"}),
+        ("dpm_2_ancestral", {}),
+        ("dpmpp_2s_ancestral", {"eta": 0.7, "s_noise": 1.01}),
+        ("dpmpp_sde", {}),
+        ("dpmpp_sde", {"eta": 0.7}),
+        ("midpoint", {}),
+        ("edm_stochastic", {}),
+        ("edm_stochastic", {"order": 1, "s_tmax": 5.0}),
     ],
 )
 def test_mean_and_variance_of_normal_data(solver, options):
