@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from fastdiff.sampling.adaptive import AdaptiveSample, sample_adaptive
 from fastdiff.sampling.api import sample
 from fastdiff.sampling.guidance import Guidance, classifier_gradient
 from fastdiff.sampling.hooks import (
@@ -22,6 +23,7 @@ from fastdiff.sampling.state import RunState
 from fastdiff.solvers.engine import StepInfo
 
 __all__ = [
+    "AdaptiveSample",
     "Clip",
     "ControlNet",
     "DynamicThreshold",
@@ -37,4 +39,5 @@ __all__ = [
     "classifier_gradient",
     "log_likelihood",
     "sample",
+    "sample_adaptive",
 ]

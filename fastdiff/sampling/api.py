@@ -115,7 +115,7 @@ def sample(
     given = resume.x if resume is not None else init if x is None else x
     if dtype is None and resume is not None:
         dtype = resume.dtype
-    shape, device, dtype = _state_facts(
+    shape, device, dtype = state_facts(
         model, defaults, shape, given, seed, device, dtype, "x" if init is None else "init"
     )
     if resume is not None:
@@ -132,7 +132,7 @@ def sample(
         shape,
         device,
         dtype,
-        noise=_noise(shape, seed, generator, dtype, device) if resume is None else resume.noise(),
+        noise=noise_of(shape, seed, generator, dtype, device) if resume is None else resume.noise(),
         guidance=guidance,
         hooks=tuple(hooks),
         cond=cond,
@@ -304,7 +304,7 @@ def _levels_alone(sigmas: tuple[float, ...]) -> NoiseSchedule:
     return SigmaSchedule(min(above) / 2, max(above) * 2, name="sigmas")
 
 
-def _state_facts(
+def state_facts(
     model: Any,
     defaults: Any,
     shape: Sequence[int] | None,
@@ -353,7 +353,7 @@ def _state_facts(
     return sizes, place, dtype
 
 
-def _noise(
+def noise_of(
     shape: tuple[int, ...],
     seed: Seed | None,
     generator: Generators | None,

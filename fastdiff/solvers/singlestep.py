@@ -333,3 +333,48 @@ def _rows(
             )
             rows.append(here.row(update, *keep, draw=draw))
     return rows
+
+
+def embedded_step(
+    schedule: NoiseSchedule,
+    lam: float,
+    target: float,
+    *,
+    prediction: str = "eps",
+    order: int = 3,
+    algorithm_type: str = "dpmsolver",
+) -> SolverTable:
+    """One step of DPM-Solver-12 (``order`` 2) or -23 (3): ends with the lower order in register 1.
+
+    The lower order takes the evaluations it can use: order 1 the first, order 2 the first two, at 0
+    and 1/3 of the step (arXiv 2206.00927, appendix C).
+
+    Raises ValueError for another order or algorithm_type, and for lambdas that are not finite or do
+    not increase.
+    """
+    if order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3, got {order}")
+    check_choice("algorithm_type", algorithm_type, ALGORITHMS[:2])
+    if not (math.isfinite(lam) and math.isfinite(target) and lam < target):
+        raise ValueError(f"target must be finite and above lam ({lam:g}), got {target:g}")
+    kind = canonical(prediction)
+    time = float(schedule.time_at(lam))
+    block = _inside(schedule, time, lam, target, order)
+    rows = _rows(schedule, kind, [block], algorithm_type, "midpoint", 0.0, "exact")
+    wanted = "eps" if algorithm_type == "dpmsolver" else "x0"
+    whole = step_between(schedule, kind, wanted, 0, time, lam, target)
+    from_x, size, g, _ = first_order(whole, algorithm_type)
+    weights = _update_weights(size, g, [1 / order] * (order - 2), "midpoint")
+    state = [0.0, from_x, *weights, 0.0, 0.0][: _registers([block])]
+    lower = Update(1, tuple(state), 0.0)
+    rows[-1] = replace(rows[-1], updates=(*rows[-1].updates, lower))
+    grid = TimeGrid("adaptive", np.array([time]), np.array([lam]), np.array([target]), 1)
+    return table_of(
+        f"dpm_{order - 1}{order}",
+        schedule,
+        grid,
+        rows,
+        registers=_registers([block]),
+        prediction=wanted,
+        description=f"{algorithm_type}, {kind} model",
+    )
