@@ -86,7 +86,9 @@ class SigmaList(TableStep):
         with np.errstate(divide="ignore"):
             lambdas = -np.log(sigmas)
             if self._schedule() is _FLOW:
-                lambdas = np.log1p(-sigmas) + lambdas
+                # At -40 sigma is 1 to the last digit, and h stays finite: only a step to the clean
+                # sample has h = inf.
+                lambdas = np.maximum(np.log1p(-sigmas) + lambdas, -40.0)
         grid = TimeGrid("diffusers", times, lambdas[:-1], lambdas[1:], len(times))
         return grid.from_step(start)
 
