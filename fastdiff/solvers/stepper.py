@@ -1,10 +1,16 @@
-"""One row of a table at a time, for a caller who owns the loop and the state."""
+"""One row of a table at a time, for a caller who owns the loop and the state.
+
+:class:`Stepper` knows which row it runs. :class:`TracedStepper` runs the same program for every
+row, which is what compilers and CUDA graphs need.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +38,11 @@ def _functional(table: SolverTable) -> SolverTable:
     return dataclasses.replace(table, num_registers=count + 2, rows=tuple(rows))
 
 
+def _check_feeds(table: SolverTable) -> None:
+    if any(row.feed != 0 for row in table.rows):
+        raise ValueError(f"table must feed the model from register 0, got {table.name}")
+
+
 class Stepper:
     """Runs a table's rows over a state that the caller holds: nothing of it is modified.
 
@@ -42,8 +53,7 @@ class Stepper:
     """
 
     def __init__(self, table: SolverTable, first: int = 0) -> None:
-        if any(row.feed != 0 for row in table.rows):
-            raise ValueError(f"table must feed the model from register 0, got {table.name}")
+        _check_feeds(table)
         self.table = table
         self.first = first
         self.next = first
@@ -129,3 +139,159 @@ class Stepper:
             stream = torch.cuda.current_stream().cuda_stream
             module.cuda_solver_step(*shared, 0, 1, number, stream)
         return True
+
+
+# Rows that fit whatever the run: another number of steps needs no other tensor, so no other graph.
+_CAPACITY = 64
+
+
+def capacity(rows: int) -> int:
+    """How many rows a tensor for ``rows`` of them has: a power of two, and one more than needed."""
+    size = _CAPACITY
+    while size <= rows:
+        size *= 2
+    return size
+
+
+def dense_rows(table: SolverTable) -> tuple[np.ndarray, np.ndarray]:
+    """The table as float64 arrays [N, R, R + 2] and [N, 2].
+
+    ``registers' = rows[i] @ [*registers, prediction, noise]`` with
+    ``prediction = p[i] @ [state, output]``. What a row leaves alone stays; a register that nothing
+    reads any more becomes 0, which spares the pass over it.
+    """
+    count = table.num_registers
+    rows = np.zeros((len(table), count, count + 2))
+    live = {0}
+    for i in reversed(range(len(table))):
+        updates = {update.dest: update for update in table.rows[i].updates}
+        for register in live:
+            if register in updates:
+                update = updates[register]
+                values = (*update.from_registers, update.from_prediction, update.from_noise)
+                rows[i, register] = values
+            else:
+                rows[i, register, register] = 1.0
+        live = {0, *np.flatnonzero(rows[i, :, :count].any(axis=0)).tolist()}
+    return rows, np.array([(row.from_state, row.from_output) for row in table.rows])
+
+
+class TracedStepper:
+    """A table's rows as tensors: one step is the same torch operations whichever row it is.
+
+    The row is picked by ``counter``, a 0-dim int64 tensor on ``device`` that every step increments,
+    so the host knows neither the row nor its coefficients: a compiler sees one graph, and a CUDA
+    graph of one step replays a whole run. Nothing is read back.
+
+    ``load`` puts another table in the same tensors (as long as it has as many registers), and
+    ``reserve`` makes the registers of a state; both are for the host, outside of any trace.
+
+    Raises ValueError for a table whose model is not fed from register 0, or that has rules.
+    """
+
+    def __init__(self, table: SolverTable, first: int, counter: Tensor) -> None:
+        self.counter = counter
+        self.registers: dict[tuple[int, ...], list[Tensor]] = {}
+        self._rows: Tensor | None = None
+        self._predictions: Tensor | None = None
+        self.load(table, first)
+
+    def load(self, table: SolverTable, first: int = 0) -> None:
+        """Takes the rows of ``table``, the first of which is run where the counter is ``first``.
+
+        Rows before and after them are NaN. The registers become 0.
+        """
+        _check_feeds(table)
+        if any(row.rule for row in table.rows):
+            raise ValueError(f"table must have no rules here, {table.name} has")
+        rows, predictions = dense_rows(table)
+        # Which terms there are in any row: the rest is left out of the program.
+        self.terms = tuple(tuple(map(bool, line)) for line in rows.any(axis=0))
+        self.from_state, self.from_output = map(bool, predictions.any(axis=0))
+        self.draws = table.num_draws > 0
+        self._rows = place_rows(self._rows, rows, first, self.counter.device)
+        self._predictions = place_rows(self._predictions, predictions, first, self.counter.device)
+        for kept in self.registers.values():
+            for register in kept:
+                register.zero_()
+
+    def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Makes the registers for states of this shape and dtype, unless there are some."""
+        key, held = tuple(shape), state_dtype(dtype)
+        missing = len(self.terms) - 1
+        kept = self.registers.get(key, [])
+        if len(kept) != missing or any(register.dtype != held for register in kept):
+            with torch.inference_mode(False):
+                self.registers[key] = [
+                    torch.zeros(key, dtype=held, device=self.counter.device) for _ in range(missing)
+                ]
+
+    def reserved(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
+        """Whether :meth:`reserve` has been called for such states."""
+        held = state_dtype(dtype)
+        kept = self.registers.get(tuple(shape))
+        return kept is not None and all(register.dtype == held for register in kept)
+
+    def step(
+        self, sample: Tensor, output: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(the next state, the prediction) in the registers' dtype; as :meth:`Stepper.step`."""
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"output must have the sample's shape {tuple(sample.shape)}, "
+                f"got {tuple(output.shape)}"
+            )
+        assert self._rows is not None
+        assert self._predictions is not None
+        with torch.no_grad():
+            held = state_dtype(sample.dtype)
+            rows = pick_row(self._rows, self.counter).to(held)
+            of_state, of_output = pick_row(self._predictions, self.counter).to(held).unbind()
+            state, output = sample.to(held), output.to(held)
+            prediction = torch.zeros_like(state)
+            if self.from_output:
+                prediction = of_output * output
+            if self.from_state:
+                prediction = of_state * state + prediction
+            kept: list[Tensor] = []
+            if len(self.terms) > 1:
+                # A shape that a compiler has made symbolic becomes a number: registers have one.
+                kept = self.registers[tuple(len(range(size)) for size in sample.shape)]
+            operands = [state, *kept, prediction]
+            if noise is not None:
+                operands.append(noise.to(held))
+            new = []
+            for coefficients, terms in zip(rows.unbind(), self.terms, strict=True):
+                total = None
+                for coefficient, operand, present in zip(
+                    coefficients.unbind(), operands, terms, strict=False
+                ):
+                    if present:
+                        term = coefficient * operand
+                        total = term if total is None else total + term
+                new.append(torch.zeros_like(state) if total is None else total)
+            for register, value in zip(kept, new[1:], strict=True):
+                register.copy_(value)
+            self.counter.add_(1)
+        return new[0], prediction
+
+
+def pick_row(rows: Tensor, counter: Tensor) -> Tensor:
+    """``rows[counter]`` without a look at the counter; past the end, the last row."""
+    return rows.index_select(0, counter.clamp(max=rows.shape[0] - 1).reshape(1))[0]
+
+
+def place_rows(kept: Tensor | None, values: np.ndarray, first: int, device: torch.device) -> Tensor:
+    """``values`` as rows ``first``.. of a tensor that is NaN elsewhere: ``kept`` where it fits."""
+    size = capacity(first + len(values))
+    if kept is not None and kept.device == device and kept.shape[1:] == values.shape[1:]:
+        size = max(size, kept.shape[0])
+    filled = np.full((size, *values.shape[1:]), np.nan)
+    filled[first : first + len(values)] = values
+    # The only accelerator without float64.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    with torch.inference_mode(False):
+        new = torch.from_numpy(filled).to(dtype)
+        if kept is not None and kept.device == device and kept.shape == new.shape:
+            return kept.copy_(new)
+        return new.to(device)
