@@ -40,7 +40,9 @@ def sde_grid(schedule: NoiseSchedule, steps: int, *, final: str = "zero") -> Tim
     """``steps`` evaluations uniform in the SDE's time, both ends among them.
 
     From 1 to t_end for VP, from 1 to 1e-5 for VE, whose sigma is geometric in time; whole timesteps
-    from T-1 to 0 for a schedule that has those. ``final``: as in :func:`make_grid`.
+    from T-1 to 0 for a schedule that has those. Where the least noisy time has no noise at all
+    (rectified flow), the steps are as long, but the last evaluation is a step before it.
+    ``final``: as in :func:`make_grid`.
     """
     check_steps(steps, schedule.num_timesteps if isinstance(schedule, DiscreteVP) else None)
     if isinstance(schedule, SigmaSchedule):
@@ -49,7 +51,8 @@ def sde_grid(schedule: NoiseSchedule, steps: int, *, final: str = "zero") -> Tim
         lambdas[0] = schedule.lambda_at(schedule.t_max)
         times = schedule.time_at(lambdas)
     else:
-        times = schedule.between(np.linspace(0.0, 1.0, steps))
+        noisy = np.isfinite(schedule.lambda_at(schedule.t_min))
+        times = schedule.between(np.linspace(0.0, 1.0, steps if noisy else steps + 1)[:steps])
         if isinstance(schedule, DiscreteVP):
             times = np.round(times)
         lambdas = schedule.lambda_at(times)
