@@ -252,6 +252,8 @@ def _table(
     get_solver(solver)  # the solver's name first: the likelier mistake
     if "sigmas" in options:
         levels = np.asarray(options["sigmas"], dtype=np.float64)
+        if levels.ndim != 1:
+            raise ValueError(f"sigmas must be a list of numbers, got shape {levels.shape}")
         options = dict(options, sigmas=tuple(levels.tolist()))
         if schedule is None and not hasattr(defaults, "schedule"):
             schedule = _levels_alone(options["sigmas"])

@@ -225,6 +225,8 @@ class ComposedEvaluate:
         )
         self._times = table.time_tensors(batch, self._state, device)
         self._times_two = table.time_tensors(2 * batch, self._state, device)
+        # A model of that kind returns the variance in every row, used or not.
+        self._learned = any(row.rule == "learned_range" for row in table.rows)
         self._drawn: Tensor | None = None
 
     def accept(self, output: Any, /) -> Tensor:
@@ -265,9 +267,9 @@ class ComposedEvaluate:
         return prediction.contiguous(memory_format=self._one.memory_format)
 
     def _output(self, x: Tensor, row: Row, place: Place) -> tuple[Tensor, Tensor | None]:
-        """The guided output, and the learned variance where the row has that rule."""
+        """The guided output, and the learned variance of a model that has one."""
         guidance, arguments = self._guidance, self._arguments
-        learned = row.rule == "learned_range"
+        learned = self._learned
         times = self._times[place.index]
 
         def call(model: Callable[..., Any], kwargs: Kwargs) -> tuple[Tensor, Tensor | None]:

@@ -104,7 +104,7 @@ def ddim_inverse(
                 f"(or set_alpha_to_one False), got {kind}"
             )
         from_state, from_output = to_eps(kind, alpha, sigma)
-        # -inf - inf and inf - inf do not occur: the state has signal, and less noise than after.
+        # From the clean sample lam is +inf, to pure noise target is -inf: both give 1 - 0.
         from_eps = -sigma_to * math.expm1(target - lam) if target < lam else 0.0
         update = Update(0, (alpha_to / alpha,), from_eps)
         rows.append(

@@ -174,8 +174,9 @@ def pc(
     denoise: the predictor adds no noise in the last step.
     mode: "parity", on the grid "sde" of ContinuousVP, VE and EDM, is score_sde: the step's
         coefficients are of N discrete betas or sigmas, and every evaluation draws noise, even with
-        coefficient 0. (In float32 its index floor(t (N - 1)) can come out one lower; here it is
-        float64's. ``probability_flow`` with euler_maruyama, an error there, is the ODE's step.)
+        coefficient 0. (Its index floor(t (N - 1)) is float64's here; in float32 it is off by one
+        somewhere for many N above 1000. Euler-Maruyama's ``probability_flow``, an error there, is
+        the ODE's step.)
         Other grids and "exact": from the noise levels at the two ends of each step.
 
     Raises ValueError for an unknown name or option value, two times "none", a probability flow by
@@ -241,4 +242,5 @@ def _correct(corrector: str, step: Step, ratio: float, snr: float, draw: int) ->
     if corrector == "ald":
         size *= step.sigma**2
     row = step.row(Update(0, (1.0,), size, math.sqrt(2 * size)), draw=draw)
-    return replace(row, rule="langevin") if corrector == "langevin" else row
+    # At pure noise (a = 0) the corrector leaves the state as it is.
+    return replace(row, rule="langevin") if corrector == "langevin" and size > 0 else row

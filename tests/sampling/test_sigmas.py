@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -31,13 +32,13 @@ def model(x: Tensor, sigma: float) -> Tensor:
 
 
 def euler(x: Tensor, **_: Any) -> Tensor:
-    for s, to in zip(SIGMAS, SIGMAS[1:], strict=False):
+    for s, to in itertools.pairwise(SIGMAS):
         x = x + (to - s) * (x - model(x, s)) / s
     return x
 
 
 def heun(x: Tensor, **_: Any) -> Tensor:
-    for s, to in zip(SIGMAS, SIGMAS[1:], strict=False):
+    for s, to in itertools.pairwise(SIGMAS):
         d = (x - model(x, s)) / s
         moved = x + (to - s) * d
         if to > 0:
@@ -47,7 +48,7 @@ def heun(x: Tensor, **_: Any) -> Tensor:
 
 
 def ancestral(x: Tensor, draw: Any) -> Tensor:
-    for s, to in zip(SIGMAS, SIGMAS[1:], strict=False):
+    for s, to in itertools.pairwise(SIGMAS):
         up = to * math.sqrt(s * s - to * to) / s
         down = math.sqrt(to * to - up * up)
         x = x + (down - s) * (x - model(x, s)) / s
@@ -58,7 +59,7 @@ def ancestral(x: Tensor, draw: Any) -> Tensor:
 
 def dpmpp_2m(x: Tensor, **_: Any) -> Tensor:
     before, last = None, 0.0
-    for s, to in zip(SIGMAS, SIGMAS[1:], strict=False):
+    for s, to in itertools.pairwise(SIGMAS):
         d = model(x, s)
         if to == 0:
             return d
@@ -116,7 +117,7 @@ def test_drawn_noise_has_the_first_sigma_and_the_model_sees_sigmas():
 def test_ending_above_zero():
     ended = fastdiff.sample(denoise, x=start(), sigmas=SIGMAS[:-1], solver="euler")
     x = start()
-    for s, to in zip(SIGMAS[:-1], SIGMAS[1:-1], strict=False):
+    for s, to in itertools.pairwise(SIGMAS[:-1]):
         x = x + (to - s) * (x - model(x, s)) / s
     torch.testing.assert_close(ended, x, rtol=1e-12, atol=1e-12)
 

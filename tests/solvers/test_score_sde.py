@@ -255,6 +255,21 @@ def test_predictors_moments_tend_to_the_datas_at_first_order(schedule, predictor
     assert orders[-1] == pytest.approx(1, abs=0.15), gaps
 
 
+def test_ancestral_sampling_of_ve_is_the_posterior_of_a_point():
+    model = Score(VE, weights=(1.0,), means=(0.4,), stds=(0.0,))
+    grid = solvers.sigma_grid(VE, [50.0, 3.0, 0.5, 0.1])
+    table = solvers.pc(
+        VE,
+        grid,
+        prediction="score",
+        predictor="ancestral_sampling",
+        corrector="none",
+        denoise=False,
+        mode="exact",
+    )
+    assert moments(table, VE, model)[1] == pytest.approx(0.1**2, rel=1e-12)
+
+
 @pytest.mark.parametrize("denoise", [True, False])
 @pytest.mark.parametrize("mode", ["parity", "exact"])
 def test_denoising_leaves_the_last_noise_out(mode, denoise):
@@ -271,6 +286,9 @@ def test_sde_grid_is_uniform_in_time(steps):
     np.testing.assert_allclose(solvers.sde_grid(VP, steps).times, 999 * times, rtol=1e-12)
     sigmas = 0.01 * 5000 ** np.linspace(1, 1e-5, steps)
     np.testing.assert_allclose(solvers.sde_grid(VE, steps).times, sigmas, rtol=1e-12)
+    flow = 1000 * (1 - np.arange(steps) / steps)  # time 0 has no score
+    np.testing.assert_allclose(solvers.sde_grid(solvers.Flow(), steps).times, flow, rtol=1e-12)
+    assert len(solvers.make_table("pc", "flow", steps, prediction="flow")) == 2 * steps
     whole = solvers.sde_grid(solvers.linear(), steps).times
     assert whole.tolist() == np.round(np.linspace(999, 0, steps)).tolist()
 
@@ -382,7 +400,7 @@ def test_bad_values_are_refused(options, message):
         solvers.make_table(**arguments)
 
 
-def test_few_steps_are_exact_modes():
+def test_few_steps_where_the_betas_are_not_needed():
     table = solvers.make_table("pc", "vp", 5, mode="exact")
     assert len(table) == 10
     table = solvers.make_table("pc", "vp", 5, predictor="euler_maruyama", corrector="none")

@@ -109,7 +109,7 @@ def _evaluations(solver: str, steps: int, mode: str) -> int:
     return other.get(solver, steps)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 999])
+@pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 500])
 @pytest.mark.parametrize("mode", ["parity", "exact"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "karras", "lambda"])
 @pytest.mark.parametrize("solver", list(solvers.SOLVERS))
@@ -118,7 +118,7 @@ def test_every_table_is_finite(solver, spacing, mode, steps):
     schedule = solvers.scaled_linear()
     options = {"steps_per_level": 2} if solver == "annealed_langevin" else {}
     table = make_table(solver, schedule, steps, grid=spacing, mode=mode, prediction="v", **options)
-    idle = solver == "lcm" and 0.0 in table.times  # its boundary condition returns the state there
+    idle = table.times.count(0.0) * (solver == "lcm")  # it returns the state itself there
     assert table.evaluations == _evaluations(solver, steps, mode) - idle
     assert all(0 <= t <= 999 for t in table.times)
 
