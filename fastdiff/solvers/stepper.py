@@ -38,7 +38,9 @@ def _functional(table: SolverTable) -> SolverTable:
     return dataclasses.replace(table, num_registers=count + 2, rows=tuple(rows))
 
 
-def _check_feeds(table: SolverTable) -> None:
+def _check_rows(table: SolverTable) -> None:
+    if table.has_rules:
+        raise ValueError(f"table must have no rules here, {table.name} has")
     if any(row.feed != 0 for row in table.rows):
         raise ValueError(f"table must feed the model from register 0, got {table.name}")
 
@@ -53,7 +55,7 @@ class Stepper:
     """
 
     def __init__(self, table: SolverTable, first: int = 0) -> None:
-        _check_feeds(table)
+        _check_rows(table)
         self.table = table
         self.first = first
         self.next = first
@@ -201,7 +203,7 @@ class TracedStepper:
 
         Rows before and after them are NaN. The registers become 0.
         """
-        _check_feeds(table)
+        _check_rows(table)
         if any(row.rule for row in table.rows):
             raise ValueError(f"table must have no rules here, {table.name} has")
         rows, predictions = dense_rows(table)
