@@ -168,7 +168,7 @@ def sample(
             state,
             after=after if bar is not None or callback is not None else None,
             resume=None if resume is None else (done, resume.registers),
-            owned=given is None and run.initial is None,
+            owned=run.owns(state, given),
         )
     finally:
         if bar is not None:

@@ -92,8 +92,15 @@ class Run:
         else:
             state = self.initial_noise()
             if table.init_scale != 1:
-                state = state * table.init_scale
+                state = torch.mul(
+                    state, table.init_scale, out=state if self.owns(state, None) else None
+                )
         return state.contiguous(memory_format=_memory_format(state))
+
+    def owns(self, state: Tensor, given: Tensor | None) -> bool:
+        """Whether the state's memory is the run's alone, and may become a register."""
+        others = (given, self.initial)
+        return all(other is None or other.data_ptr() != state.data_ptr() for other in others)
 
     def begin(self, table: SolverTable, state: Tensor) -> None:
         """Tells the hooks."""
