@@ -107,7 +107,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("euler_ancestral", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 1.0}),
         Solver("heun", heun, "linspace", "euler", final=_LEVELS),
         Solver("midpoint", midpoint, "linspace", "euler", final=_LEVELS),
-        Solver("edm_stochastic", edm_stochastic, "karras", "euler", final=_LEVELS),
+        Solver("edm_stochastic", edm_stochastic, "linspace", "euler", final=_LEVELS),
         Solver("dpm_2", dpm_2, "linspace", "euler", final=_LEVELS),
         Solver("dpm_2_ancestral", dpm_2_ancestral, "linspace", "euler", final=_LEVELS),
         Solver("dpmpp_2s_ancestral", dpmpp_2s_ancestral, "linspace", "euler", final=_LEVELS),

@@ -251,7 +251,9 @@ def _inside(schedule: NoiseSchedule, time: float, lam: float, target: float, ord
     if h == 0 or math.isinf(h):
         return _Block([time], [lam, target])
     inner = [lam + h * j / order for j in range(1, order)]
-    return _Block([time, *(float(schedule.time_at(at)) for at in inner)], [lam, *inner, target], True)
+    return _Block(
+        [time, *(float(schedule.time_at(at)) for at in inner)], [lam, *inner, target], True
+    )
 
 
 def _registers(blocks: Sequence[_Block]) -> int:
@@ -305,7 +307,7 @@ def _rows(
                 ratios = [(at - base) / whole.h for at in block.lambdas[1 : j + 1]]
                 if block.even:  # without rounding, so that what cancels is 0
                     ratios = [i / (j + 1) for i in range(1, j + 1)]
-                inner = mode == "exact" and j < count - 1
+                inner = block.even and j < count - 1
                 weights = _update_weights(size, g, ratios, "heun" if inner else solver_type)
             state = [0.0, from_x, *weights[:-1]] if j else [from_x]
             if j and sde and mode == "exact":

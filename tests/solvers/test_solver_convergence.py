@@ -195,11 +195,11 @@ def test_mean_and_variance_of_normal_data(solver, options):
     assert result.var().item() == pytest.approx(variance, abs=4 * variance * math.sqrt(2 / n))
 
 
-def _moments(table, schedule, model):
+def _moments(table, schedule, model, start=None):
     """Mean and variance of register 0, by the joint covariance of the registers."""
     r = table.num_registers
     mean, cov = np.zeros(r), np.zeros((r, r))
-    cov[0, 0] = table.init_scale**2
+    mean[0], cov[0, 0] = start or (0.0, table.init_scale**2)
     for row in table.rows:
         alpha, sigma = map(float, schedule.marginal(schedule.lambda_at(row.time)))
         at0 = model.at(torch.zeros(1, dtype=torch.float64), alpha, sigma).item()
