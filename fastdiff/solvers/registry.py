@@ -143,7 +143,8 @@ def make_table(
     """The table of a solver on a schedule: what ``fastdiff.sample`` runs.
 
     solver: a name in SOLVERS. schedule: a name in SCHEDULES, or a NoiseSchedule.
-    steps: the number of model evaluations; not used when ``grid`` says where they are.
+    steps: the number of the grid's steps, for most solvers that of model evaluations (see their
+        docstrings); not used when ``grid`` says where they are.
     grid: None (the schedule's own spacing, or the solver's), the name of a spacing ("linspace",
         "leading", "trailing", "quadratic", "karras", "lambda", "exponential", "beta",
         "ays_sd15", "ays_sdxl", "lcm"), a list of decreasing timesteps, or a TimeGrid.

@@ -23,7 +23,11 @@ from fastdiff import solvers
 from fastdiff.solvers import Flow
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:diffusers.*",
+    "ignore::DeprecationWarning:numpy.*",
+    "ignore:.*dpmsolver. is deprecated:FutureWarning",
+)
 
 HEUN = {"solver_type": "heun"}
 ALL_ORDERS = {"lower_order_final": False}
