@@ -119,7 +119,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("euler_ancestral", ddim, "linspace", "euler", final=_LEVELS, fixed={"eta": 1.0}),
         Solver("heun", heun, "linspace", "euler", final=_LEVELS),
         Solver("midpoint", midpoint, "linspace", "euler", final=_LEVELS),
-        Solver("edm_stochastic", edm_stochastic, "karras", "euler", final=_LEVELS),
+        Solver("edm_stochastic", edm_stochastic, "linspace", "euler", final=_LEVELS),
         Solver("dpm_2", dpm_2, "linspace", "euler", final=_LEVELS),
         Solver("dpm_2_ancestral", dpm_2_ancestral, "linspace", "euler", final=_LEVELS),
         Solver("dpmpp_2s_ancestral", dpmpp_2s_ancestral, "linspace", "euler", final=_LEVELS),
@@ -162,7 +162,8 @@ def make_table(
     """The table of a solver on a schedule: what ``fastdiff.sample`` runs.
 
     solver: a name in SOLVERS. schedule: a name in SCHEDULES, or a NoiseSchedule.
-    steps: the number of model evaluations; not used when ``grid`` says where they are.
+    steps: the number of the grid's steps, for most solvers that of model evaluations (see their
+        docstrings); not used when ``grid`` says where they are.
     grid: None (the schedule's own spacing, or the solver's), the name of a spacing ("linspace",
         "leading", "trailing", "quadratic", "sgm_uniform", "karras", "lambda", "exponential",
         "beta", "ays_sd15", "ays_sdxl", "ays_svd", and the solvers' own "lcm", "consistency",

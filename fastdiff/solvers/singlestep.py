@@ -76,14 +76,13 @@ def dpm_singlestep(
         prediction; not to the clean sample, so with ``final_sigmas_type="sigma_min"``) or
         "sde-dpmsolver++".
     solver_type: "midpoint" or "heun", see the top of this file.
-    mode: in "parity" the grid's N steps are model evaluations, and steps of one, two, three of them
-        take turns as in diffusers' DPMSolverSinglestepScheduler: an update of order 1, of order 2
-        from the same state, of order 3 from it. In "exact" every step of the grid is of the order
-        asked for, N*order evaluations, with those inside a step at equal distances in lambda, at
-        times between the grid's; noises within a step belong together (see above).
-    lower_order_final: in "parity" as in diffusers, where it is switched on for N that is no
-        multiple of the order and for runs to the clean sample; in "exact" the last step is of
-        order 1. None is False.
+    mode: in "parity" the grid's N points are model evaluations and ``order`` of them a step, whose
+        updates are of order 1, 2, .., as in diffusers' DPMSolverSinglestepScheduler. In "exact"
+        every step of the grid has ``order`` evaluations, at equal distances in lambda and at the
+        times the schedule has there, and the noises within a step belong together (see above).
+    lower_order_final: the last evaluation's update is of order 1: in "parity" where it would end a
+        step (for N that is no multiple of the order it does not), in "exact" the last step has
+        one evaluation. None is False.
     eta: "sde-dpmsolver++" only: 1 is the reverse-time SDE, 0 the ODE.
 
     Steps to the clean sample and from pure noise are of order 1: inner levels have no limit there.
@@ -133,8 +132,8 @@ def dpm_fast(
     (arXiv 2206.00927, section 3.3).
 
     mode: in "parity" the steps are equal in lambda between the ends of the grid, whose inner points
-        are not used (k-diffusion's ``sample_dpm_fast``, and the paper); in "exact" they lie between
-        the grid's points, as many apart as the step has evaluations.
+        are not used (k-diffusion's ``sample_dpm_fast``, and the paper); in "exact" they are between
+        points of the grid, as many apart as the step has evaluations.
     eta: above 0, up to 1: every step goes to less noise than asked for and noise is added, times
         ``s_noise``, but never to less than at the end of the run.
 
@@ -209,11 +208,8 @@ def _check_ends(grid: TimeGrid, algorithm_type: str) -> None:
 
 def _order_list(steps: int, order: int, lower_order_final: bool, clean: bool) -> list[int]:
     """The order of each evaluation's update in diffusers: 1, 2, .., order, 1, 2, ..."""
-    lower_order_final = lower_order_final or clean or steps % order != 0
     orders = [i % order + 1 for i in range(steps)]
-    if lower_order_final and orders[-1] == order:
-        orders[-1] = 1  # the last of a full turn
-    if clean:
+    if clean or (lower_order_final and orders[-1] == order):
         orders[-1] = 1
     return orders
 
@@ -307,7 +303,7 @@ def _rows(
                 ratios = [(at - base) / whole.h for at in block.lambdas[1 : j + 1]]
                 if block.even:  # without rounding, so that what cancels is 0
                     ratios = [i / (j + 1) for i in range(1, j + 1)]
-                inner = mode == "exact" and j < count - 1
+                inner = block.even and j < count - 1
                 weights = _update_weights(size, g, ratios, "heun" if inner else solver_type)
             state = [0.0, from_x, *weights[:-1]] if j else [from_x]
             if j and sde and mode == "exact":

@@ -17,11 +17,19 @@ class Affine(Protocol):
     def at(self, x: Tensor, alpha: float, sigma: float) -> Tensor: ...
 
 
-def moments(table: SolverTable, schedule: NoiseSchedule, model: Affine) -> tuple[float, float]:
-    """Mean and variance of register 0, by the joint covariance of the registers."""
+def moments(
+    table: SolverTable,
+    schedule: NoiseSchedule,
+    model: Affine,
+    start: tuple[float, float] | None = None,
+) -> tuple[float, float]:
+    """Mean and variance of register 0, by the joint covariance of the registers.
+
+    start: those before the first row; by default of the noise a run starts from.
+    """
     r = table.num_registers
     mean, cov = np.zeros(r), np.zeros((r, r))
-    cov[0, 0] = table.init_scale**2
+    mean[0], cov[0, 0] = start or (0.0, table.init_scale**2)
     for row in table.rows:
         alpha, sigma = map(float, schedule.marginal(schedule.lambda_at(row.time)))
         at0 = model.at(torch.zeros(1, dtype=torch.float64), alpha, sigma).item()

@@ -113,7 +113,10 @@ def test_shift_spends_more_steps_at_much_noise():
     assert dynamic_shift(4096) == pytest.approx(math.exp(1.15))
 
 
-@pytest.mark.parametrize("kind", ["ddim", "dpmpp_2m", "unipc", "euler", "heun"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ddim", "dpmpp_2m", "unipc", "euler", "heun", "dpmpp_2s", "dpmpp_3s", "dpm_2", "midpoint"],
+)
 @pytest.mark.parametrize(
     ("schedule", "prediction", "options"),
     [

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from mixture import Mixture
 from moments import moments
+from orders import lambda_grid, orders
 
 import fastdiff
 from fastdiff import solvers
-from fastdiff.solvers import NoiseSchedule, TimeGrid
-
-
-def _lambda_grid(
-    schedule: NoiseSchedule, start: float, end: float, steps: int, power: int = 1
-) -> TimeGrid:
-    """Uniform in (lambda - start)^(1/power).
-
-    A multistep solver's first step is of order 1: at power 2 it is h^2 long, its error h^4.
-    """
-    points = start + (end - start) * np.linspace(0, 1, steps + 1) ** power
-    return TimeGrid("test", schedule.time_at(points[:-1]), points[:-1], points[1:], steps)
 
 
 def _errors(build, steps_list, start=-2.0, end=3.0, power=1):
@@ -34,7 +21,7 @@ def _errors(build, steps_list, start=-2.0, end=3.0, power=1):
     truth = _truth(start, end)
     errors = []
     for steps in steps_list:
-        table = build(schedule, _lambda_grid(schedule, start, end, steps, power))
+        table = build(schedule, lambda_grid(schedule, start, end, steps, power))
         result = fastdiff.sample(model, x=_start(), solver=table)
         errors.append((result - truth).abs().max().item())
     return errors
@@ -69,10 +56,6 @@ def _truth(start, end):
         k4 = slope(lam + h, y + h * k3)
         y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return y * float(schedule.marginal(end)[1])
-
-
-def _order(errors):
-    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
 
 
 # solver, options, order. UniPC's corrector adds one to its predictor's. PLMS has the weights of
@@ -130,7 +113,7 @@ def test_order_of_convergence(solver, options, order):
     counts = [40, 80, 160, 320] if order > 3 else [80, 160, 320, 640]
     power = 2 if order > 2 else 1
     errors = _errors(lambda s, g: build(s, g, mode="exact", **options), counts, power=power)
-    assert _order(errors)[-1] == pytest.approx(order, abs=0.15 if order < 4 else 0.4), errors
+    assert orders(errors)[-1] == pytest.approx(order, abs=0.15 if order < 4 else 0.4), errors
 
 
 def test_third_order_multistep_in_parity_mode_is_of_second_order():
@@ -141,7 +124,7 @@ def test_third_order_multistep_in_parity_mode_is_of_second_order():
         [80, 160, 320, 640],
         power=2,
     )
-    assert _order(errors)[-1] == pytest.approx(2, abs=0.15)
+    assert orders(errors)[-1] == pytest.approx(2, abs=0.15)
 
 
 def _dirac_or_normal(schedule, std):
