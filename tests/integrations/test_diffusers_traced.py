@@ -213,19 +213,25 @@ def test_half_precision_and_other_shapes():
     assert counter.frame_count == 3
 
 
-def test_options_of_step_have_rows_of_their_own():
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [("LMSDiscreteScheduler", "order", (4, 2, 3)), ("DDIMScheduler", "eta", (0.0, 0.5, 1.0))],
+)
+def test_options_of_step_have_rows_of_their_own(name, option, values):
+    config = {**SD, "clip_sample": False} if name == "DDIMScheduler" else SD
     counter = CompileCounter()
-    scheduler = make("LMSDiscreteScheduler", SD)
+    scheduler = make(name, config)
     step = torch.compile(scheduler.step, backend=counter, fullgraph=True)
-    for order in (4, 2, 4, 2):
-        scheduler.set_timesteps(8)
-        other = make("LMSDiscreteScheduler", SD)
-        x = y = begin(scheduler)
-        for t in scheduler.timesteps:
-            x = step(model(x, t), t, x, order=order, return_dict=False)[0]
-            y = other.step(model(y, t), t, y, order=order, return_dict=False)[0]
-        check(x, y)
-    assert counter.frame_count == 2
+    for value in values * 2:
+        results = []
+        for one, run in ((scheduler, step), (plain := make(name, config), plain.step)):
+            one.set_timesteps(8)
+            x = begin(one)
+            for t in one.timesteps:
+                x = run(model(x, t), t, x, return_dict=False, **{option: value})[0]
+            results.append(x)
+        check(*results)
+    assert counter.frame_count == len(values)
 
 
 def test_noise_is_added_at_the_right_level_in_a_compiled_run():

@@ -22,6 +22,11 @@ def is_traced(sample: Tensor) -> bool:
     return sample.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def as_constant(value: float) -> float:
+    """The same number; where a compiler has made it symbolic, its value, which it then guards."""
+    return float.fromhex(float(value).hex())
+
+
 class TableStep:
     """Mixed into a scheduler of diffusers: its ``step`` through a table.
 
@@ -38,6 +43,7 @@ class TableStep:
         step_index: Any
         alphas_cumprod: Any
         final_alpha_cumprod: Any
+        counter: Any
         previous_timestep: Any
         _init_step_index: Any
         step: Any
@@ -237,6 +243,8 @@ class TableStep:
                 )
             else:
                 noise = self._draw(model_output, generator)
+        if not compiling:
+            rows.captured = True
         return rows.step(sample, model_output, noise)
 
     # Whether a table of the class may look back.
@@ -291,7 +299,7 @@ class TableStep:
             return False
         placed = self._counter is not None and self._counter.device == device
         rows = None if self._rows is None or options is None else self._rows.get(options)
-        ready = rows is not None and (len(rows.terms) == 1 or rows.reserved(shape, dtype))
+        ready = rows is not None and (rows.num_registers == 1 or rows.reserved(shape, dtype))
         if placed and (ready or options is None):
             return True
         if not torch.compiler.is_compiling() and not _host_may_work(device):

@@ -30,6 +30,7 @@ from fastdiff.integrations.diffusers.base import (
     NoisyStep,
     PlainStep,
     TableStep,
+    as_constant,
     is_traced,
 )
 from fastdiff.integrations.diffusers.timestep_classes import lambdas_of
@@ -372,10 +373,11 @@ class LMSDiscreteScheduler(ScaledInput, diffusers.LMSDiscreteScheduler):
         return_dict: bool = True,
     ) -> Any:
         """As diffusers' own."""
-        if self._runs_own_step(sample, (order,)):
+        options = (int(as_constant(order)),)
+        if self._runs_own_step(sample, options):
             return super().step(model_output, timestep, sample, order, return_dict)
         sigma = self._fact(1) if is_traced(sample) else self.sigmas[self._index(timestep)]
-        following, eps = self._advance(model_output, timestep, sample, options=(order,))
+        following, eps = self._advance(model_output, timestep, sample, options=options)
         return self._output(return_dict, following, sample - sigma * eps)
 
 
