@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ CUSTOM: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("LCMScheduler", SD, {"timesteps": [999, 779, 499, 259]}),
     ("LCMScheduler", SD, {"num_inference_steps": 4, "original_inference_steps": 100}),
     ("LCMScheduler", SD, {"num_inference_steps": 4, "strength": 0.5}),
-    ("UniPCMultistepScheduler", FLOW, {"sigmas": SIGMAS}),
+    ("UniPCMultistepScheduler", FLOW, {"sigmas": np.array(SIGMAS)}),
     ("UniPCMultistepScheduler", {**FLOW, **SHIFTED}, {"num_inference_steps": 6, "mu": 0.7}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {"num_inference_steps": 6}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {"sigmas": SIGMAS}),
@@ -94,8 +95,14 @@ def test_custom_timesteps_and_sigmas(name, config, arguments):
     results = []
     for scheduler in (reference, fast):
         scheduler.set_timesteps(**arguments)
+        dtype = torch.float32
+        if name == "DEISMultistepScheduler":
+            # In float32 it loses three digits: its coefficients are differences, and the first step
+            # of a flow in eps is 183 x - 182 eps.
+            scheduler.sigmas = scheduler.sigmas.double()
+            dtype = torch.float64
         random = torch.Generator().manual_seed(5)
-        x = torch.randn(1, 4, 4, 4, generator=random)
+        x = torch.randn(1, 4, 4, 4, generator=random).to(dtype)
         x = x * float(getattr(scheduler, "init_noise_sigma", 1.0))
         takes = "generator" in scheduler.step.__code__.co_varnames
         extra = {"generator": random} if takes else {}

@@ -147,6 +147,8 @@ class EDMList(ScaledInput):
     def _levels(self) -> tuple[np.ndarray, np.ndarray]:
         # "edm" is for data of deviation EDM_SIGMA_DATA: all is measured in units in which it is.
         times, sigmas = super()._levels()
+        # With final_sigmas_type="sigma_min" the last two are one level, rounded in two ways.
+        sigmas[-1:] = sigmas[-2:].min()
         return times, sigmas * (EDM_SIGMA_DATA / self._data_deviation())
 
     def _in_units_of_the_state(self, table: SolverTable) -> SolverTable:
