@@ -257,8 +257,7 @@ class TracedStepper:
             prediction = of_state * state + of_output * output
             kept: list[Tensor] = []
             if self.num_registers > 1:
-                # A shape that a compiler has made symbolic becomes a number: registers have one.
-                kept = self.registers[tuple(len(range(size)) for size in sample.shape)]
+                kept = self.registers[tuple(sample.shape)]
             operands = [state, *kept, prediction]
             if noise is not None:
                 operands.append(noise.to(held))

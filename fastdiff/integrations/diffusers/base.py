@@ -140,7 +140,10 @@ class TableStep:
     def _runs_own_step(self, sample: Tensor, options: tuple[Any, ...] = ()) -> bool:
         """Whether diffusers' own step runs. In a trace, makes what no trace can make."""
         if is_traced(sample):
-            shape = tuple(len(range(size)) for size in sample.shape) if self._has_history else ()
+            shape: tuple[int, ...] = ()
+            if self._has_history:
+                # What a compiler has made symbolic becomes a number: registers have a shape.
+                shape = tuple(len(range(size)) for size in sample.shape)
             self._prepare(options, shape, sample.dtype, sample.device)
             return bool(self._reason)
         if not self._timesteps_set:
