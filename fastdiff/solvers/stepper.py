@@ -7,6 +7,8 @@ row, which is what compilers and CUDA graphs need.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,26 +157,19 @@ def capacity(rows: int) -> int:
     return size
 
 
-def dense_rows(table: SolverTable) -> tuple[np.ndarray, np.ndarray]:
-    """The table as float64 arrays [N, R, R + 2] and [N, 2].
+def dense_rows(table: SolverTable, registers: int) -> tuple[np.ndarray, np.ndarray]:
+    """The table as float64 arrays [N, R, R + 2] and [N, 2], R = ``registers``, 0 where it has less.
 
     ``registers' = rows[i] @ [*registers, prediction, noise]`` with
-    ``prediction = p[i] @ [state, output]``. What a row leaves alone stays; a register that nothing
-    reads any more becomes 0, which spares the pass over it.
+    ``prediction = p[i] @ [state, output]``. What a row does not update stays.
     """
-    count = table.num_registers
-    rows = np.zeros((len(table), count, count + 2))
-    live = {0}
-    for i in reversed(range(len(table))):
-        updates = {update.dest: update for update in table.rows[i].updates}
-        for register in live:
-            if register in updates:
-                update = updates[register]
-                values = (*update.from_registers, update.from_prediction, update.from_noise)
-                rows[i, register] = values
-            else:
-                rows[i, register, register] = 1.0
-        live = {0, *np.flatnonzero(rows[i, :, :count].any(axis=0)).tolist()}
+    rows = np.zeros((len(table), registers, registers + 2))
+    rows[:, range(registers), range(registers)] = 1.0
+    for row, values in zip(table.rows, rows, strict=True):
+        for update in row.updates:
+            values[update.dest, : table.num_registers] = update.from_registers
+            values[update.dest, table.num_registers : registers] = 0.0
+            values[update.dest, registers:] = update.from_prediction, update.from_noise
     return rows, np.array([(row.from_state, row.from_output) for row in table.rows])
 
 
@@ -185,8 +180,9 @@ class TracedStepper:
     so the host knows neither the row nor its coefficients: a compiler sees one graph, and a CUDA
     graph of one step replays a whole run. Nothing is read back.
 
-    ``load`` puts another table in the same tensors (as long as it has as many registers), and
-    ``reserve`` makes the registers of a state; both are for the host, outside of any trace.
+    ``load`` puts another table in the same tensors where they are large enough, and ``reserve``
+    makes the registers of a state; both are for the host, outside of any trace. captured: a CUDA
+    graph holds the tensors; ``load`` warns where it needs others.
 
     Raises ValueError for a table whose model is not fed from register 0, or that has rules.
     """
@@ -194,6 +190,8 @@ class TracedStepper:
     def __init__(self, table: SolverTable, first: int, counter: Tensor) -> None:
         self.counter = counter
         self.registers: dict[tuple[int, ...], list[Tensor]] = {}
+        self.captured = False
+        self.num_registers = 1
         self._rows: Tensor | None = None
         self._predictions: Tensor | None = None
         self.load(table, first)
@@ -206,33 +204,41 @@ class TracedStepper:
         _check_rows(table)
         if any(row.rule for row in table.rows):
             raise ValueError(f"table must have no rules here, {table.name} has")
-        rows, predictions = dense_rows(table)
-        # Which terms there are in any row: the rest is left out of the program.
-        self.terms = tuple(tuple(map(bool, line)) for line in rows.any(axis=0))
-        self.from_state, self.from_output = map(bool, predictions.any(axis=0))
+        # A short run may have less history. It does with what there is: the program is the same.
+        self.num_registers = max(self.num_registers, table.num_registers)
+        rows, predictions = dense_rows(table, self.num_registers)
+        device, before = self.counter.device, self._rows
+        self._rows = place_rows(before, rows, first, device)
+        self._predictions = place_rows(self._predictions, predictions, first, device)
         self.draws = table.num_draws > 0
-        self._rows = place_rows(self._rows, rows, first, self.counter.device)
-        self._predictions = place_rows(self._predictions, predictions, first, self.counter.device)
+        if self.captured and self._rows is not before:
+            self.captured = False
+            warnings.warn(
+                "the CUDA graph of a step holds the rows of an earlier run, and this one has more: "
+                "capture it again",
+                stacklevel=2,
+            )
         for kept in self.registers.values():
             for register in kept:
                 register.zero_()
 
     def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Makes the registers for states of this shape and dtype, unless there are some."""
-        key, held = tuple(shape), state_dtype(dtype)
-        missing = len(self.terms) - 1
-        kept = self.registers.get(key, [])
-        if len(kept) != missing or any(register.dtype != held for register in kept):
-            with torch.inference_mode(False):
-                self.registers[key] = [
-                    torch.zeros(key, dtype=held, device=self.counter.device) for _ in range(missing)
-                ]
+        if self.reserved(shape, dtype):
+            return
+        held, device = state_dtype(dtype), self.counter.device
+        with torch.inference_mode(False):
+            self.registers[tuple(shape)] = [
+                torch.zeros(tuple(shape), dtype=held, device=device)
+                for _ in range(self.num_registers - 1)
+            ]
 
     def reserved(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
         """Whether :meth:`reserve` has been called for such states."""
-        held = state_dtype(dtype)
-        kept = self.registers.get(tuple(shape))
-        return kept is not None and all(register.dtype == held for register in kept)
+        kept = self.registers.get(tuple(shape), [])
+        return len(kept) == self.num_registers - 1 and all(
+            register.dtype == state_dtype(dtype) for register in kept
+        )
 
     def step(
         self, sample: Tensor, output: Tensor, noise: Tensor | None = None
@@ -250,28 +256,18 @@ class TracedStepper:
             rows = pick_row(self._rows, self.counter).to(held)
             of_state, of_output = pick_row(self._predictions, self.counter).to(held).unbind()
             state, output = sample.to(held), output.to(held)
-            prediction = torch.zeros_like(state)
-            if self.from_output:
-                prediction = of_output * output
-            if self.from_state:
-                prediction = of_state * state + prediction
+            prediction = of_state * state + of_output * output
             kept: list[Tensor] = []
-            if len(self.terms) > 1:
-                # A shape that a compiler has made symbolic becomes a number: registers have one.
-                kept = self.registers[tuple(len(range(size)) for size in sample.shape)]
+            if self.num_registers > 1:
+                kept = self.registers[tuple(sample.shape)]
             operands = [state, *kept, prediction]
             if noise is not None:
                 operands.append(noise.to(held))
+            # Every term of every update, 0 or not: the program must not depend on the run.
             new = []
-            for coefficients, terms in zip(rows.unbind(), self.terms, strict=True):
-                total = None
-                for coefficient, operand, present in zip(
-                    coefficients.unbind(), operands, terms, strict=False
-                ):
-                    if present:
-                        term = coefficient * operand
-                        total = term if total is None else total + term
-                new.append(torch.zeros_like(state) if total is None else total)
+            for coefficients in rows.unbind():
+                terms = zip(coefficients.unbind(), operands, strict=False)
+                new.append(functools.reduce(torch.add, [c * operand for c, operand in terms]))
             for register, value in zip(kept, new[1:], strict=True):
                 register.copy_(value)
             self.counter.add_(1)

@@ -2,7 +2,9 @@
 
 ``python tests/integrations/diffusers_suite.py CHECKOUT`` with a checkout of diffusers at the
 installed version: every test file of a class of fastdiff.integrations.diffusers runs with that
-class in the place of diffusers'. Prints the count per file; the exit status is pytest's.
+class in the place of diffusers'. With ``--theirs`` after it, diffusers' own classes run instead, to
+compare with. Prints the count per file; the exit status is pytest's. (The flow-matching classes
+have no test file there.)
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ FILES = {
     "DDPMScheduler": "ddpm",
     "DEISMultistepScheduler": "deis",
     "DPMSolverMultistepScheduler": "dpm_multi",
+    "EDMDPMSolverMultistepScheduler": "edm_dpmsolver_multistep",
+    "EDMEulerScheduler": "edm_euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
     "HeunDiscreteScheduler": "heun",
     "LCMScheduler": "lcm",
     "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "pndm",
     "UniPCMultistepScheduler": "unipc",
 }
 
@@ -43,8 +48,11 @@ class Count:
 
 
 def main(checkout: Path, *arguments: str) -> int:
-    for name in FILES:
-        setattr(diffusers, name, getattr(ours, name))
+    if "--theirs" in arguments:
+        arguments = tuple(argument for argument in arguments if argument != "--theirs")
+    else:
+        for name in FILES:
+            setattr(diffusers, name, getattr(ours, name))
     sys.path.insert(0, str(checkout))
     folder = checkout / "tests" / "schedulers"
     files = [str(folder / f"test_scheduler_{name}.py") for name in FILES.values()]

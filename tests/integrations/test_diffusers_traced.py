@@ -213,19 +213,25 @@ def test_half_precision_and_other_shapes():
     assert counter.frame_count == 3
 
 
-def test_options_of_step_have_rows_of_their_own():
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [("LMSDiscreteScheduler", "order", (4, 2, 3)), ("DDIMScheduler", "eta", (0.0, 0.5, 1.0))],
+)
+def test_options_of_step_have_rows_of_their_own(name, option, values):
+    config = {**SD, "clip_sample": False} if name == "DDIMScheduler" else SD
     counter = CompileCounter()
-    scheduler = make("LMSDiscreteScheduler", SD)
+    scheduler = make(name, config)
     step = torch.compile(scheduler.step, backend=counter, fullgraph=True)
-    for order in (4, 2, 4, 2):
-        scheduler.set_timesteps(8)
-        other = make("LMSDiscreteScheduler", SD)
-        x = y = begin(scheduler)
-        for t in scheduler.timesteps:
-            x = step(model(x, t), t, x, order=order, return_dict=False)[0]
-            y = other.step(model(y, t), t, y, order=order, return_dict=False)[0]
-        check(x, y)
-    assert counter.frame_count == 2
+    for value in values * 2:
+        results = []
+        for one, run in ((scheduler, step), (plain := make(name, config), plain.step)):
+            one.set_timesteps(8)
+            x = begin(one)
+            for t in one.timesteps:
+                x = run(model(x, t), t, x, return_dict=False, **{option: value})[0]
+            results.append(x)
+        check(*results)
+    assert counter.frame_count == len(values)
 
 
 def test_noise_is_added_at_the_right_level_in_a_compiled_run():
@@ -287,3 +293,56 @@ def test_a_capture_without_a_warm_up_says_so(monkeypatch):
     monkeypatch.setattr(base, "_host_may_work", lambda _device: False)
     with pytest.raises(ValueError, match="step must run once"):
         scheduler.step(x, scheduler.timesteps[0], x)
+
+
+@pytest.mark.gpu
+@EVERY
+def test_a_cuda_graph_of_one_step_replays_the_run(name, config):
+    scheduler = getattr(ours, name)(**config)
+    scheduler.set_timesteps(8, device="cuda")
+    x, t = begin(scheduler).cuda(), scheduler.timesteps[0].clone()
+
+    def body() -> torch.Tensor:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        return scheduler.step(model(seen, t), t, x, return_dict=False)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        body()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        following = body()
+    for steps in (8, 5):
+        scheduler.set_timesteps(steps, device="cuda")
+        start = begin(scheduler).cuda()
+        x.copy_(start)
+        for entry in scheduler.timesteps:
+            t.copy_(entry)
+            graph.replay()
+            x.copy_(following)
+        if next(iter(scheduler._rows.values())).draws:
+            assert x.isfinite().all()
+            continue
+        plain = make(name, config, steps)
+        plain.set_timesteps(steps, device="cuda")
+        check(x, loop(plain, plain.step, start))
+
+
+@pytest.mark.gpu
+@EVERY
+def test_eager_steps_on_a_gpu_wait_for_nothing_after_the_first(name, config):
+    scheduler = getattr(ours, name)(**config)
+    scheduler.set_timesteps(8, device="cuda")
+    x = begin(scheduler).cuda()
+    outputs = [torch.randn_like(x) for _ in scheduler.timesteps]
+    times = list(scheduler.timesteps)
+    x = scheduler.step(outputs[0], times[0], x, return_dict=False)[0]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t, output in list(zip(times, outputs, strict=True))[1:]:
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.isfinite().all()

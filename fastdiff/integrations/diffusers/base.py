@@ -22,6 +22,11 @@ def is_traced(sample: Tensor) -> bool:
     return sample.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def as_constant(value: float) -> float:
+    """The same number; where a compiler has made it symbolic, its value, which it then guards."""
+    return float.fromhex(float(value).hex()) if torch.compiler.is_compiling() else float(value)
+
+
 class TableStep:
     """Mixed into a scheduler of diffusers: its ``step`` through a table.
 
@@ -38,6 +43,7 @@ class TableStep:
         step_index: Any
         alphas_cumprod: Any
         final_alpha_cumprod: Any
+        counter: Any
         previous_timestep: Any
         _init_step_index: Any
         step: Any
@@ -134,7 +140,10 @@ class TableStep:
     def _runs_own_step(self, sample: Tensor, options: tuple[Any, ...] = ()) -> bool:
         """Whether diffusers' own step runs. In a trace, makes what no trace can make."""
         if is_traced(sample):
-            shape = tuple(len(range(size)) for size in sample.shape) if self._has_history else ()
+            shape: tuple[int, ...] = ()
+            if self._has_history:
+                # What a compiler has made symbolic becomes a number: registers have a shape.
+                shape = tuple(len(range(size)) for size in sample.shape)
             self._prepare(options, shape, sample.dtype, sample.device)
             return bool(self._reason)
         if not self._timesteps_set:
@@ -152,44 +161,31 @@ class TableStep:
     ) -> tuple[Tensor, Tensor]:
         """(the next sample, the prediction) in the sample's dtype."""
         if is_traced(sample):
-            following, prediction = self._traced_step(
-                model_output, sample, generator, noise, options
-            )
+            results = self._traced_step(model_output, sample, generator, noise, options)
         else:
-            following, prediction = self._eager_step(
-                model_output, timestep, sample, generator, noise, options
-            )
-        if sample.dtype is not following.dtype:
-            return following.to(sample.dtype), prediction.to(sample.dtype)
-        return following, prediction
-
-    def _eager_step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any,
-        noise: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
-        if self._traced_run:
-            raise ValueError(
-                "step must be compiled or captured in every step of a run or in none, got an "
-                "eager step after a traced one: call set_timesteps"
-            )
-        index = self._index(timestep)
-        stepper = self._stepper
-        if stepper is None or options != self._options or not stepper.follows(index):
-            stepper = self._stepper = Stepper(self._table_from(index, options), index)
-            if self._rows is not None:  # for a capture: memory must be there before it
-                for rows in self._rows.values():
-                    rows.reserve(sample.shape, sample.dtype)
-        if noise is None and stepper.draws(index):
-            noise = self._draw(model_output, generator)
-        results = stepper.step(index, sample, model_output, noise)
-        self._count(index)
-        self._eager_run = True
+            if self._traced_run:
+                raise ValueError(
+                    "step must be compiled or captured in every step of a run or in none, got an "
+                    "eager step after a traced one: call set_timesteps"
+                )
+            index = self._index(timestep)
+            stepper = self._stepper
+            if stepper is None or options != self._options or not stepper.follows(index):
+                stepper = self._new_stepper(index, sample, options)
+            if noise is None and stepper.draws(index):
+                noise = self._draw(model_output, generator)
+            results = stepper.step(index, sample, model_output, noise)
+            self._count(index)
+        if sample.dtype is not results[0].dtype:
+            return results[0].to(sample.dtype), results[1].to(sample.dtype)
         return results
+
+    def _new_stepper(self, index: int, sample: Tensor, options: tuple[Any, ...]) -> Stepper:
+        self._eager_run = True
+        self._stepper = Stepper(self._table_from(index, options), index)
+        for rows in (self._rows or {}).values():  # for a capture: memory must be there before it
+            rows.reserve(sample.shape, sample.dtype)
+        return self._stepper
 
     def _draw(self, model_output: Tensor, generator: Any) -> Tensor:
         return randn_tensor(
@@ -237,6 +233,8 @@ class TableStep:
                 )
             else:
                 noise = self._draw(model_output, generator)
+        if not compiling:
+            rows.captured = True
         return rows.step(sample, model_output, noise)
 
     # Whether a table of the class may look back.
@@ -291,7 +289,7 @@ class TableStep:
             return False
         placed = self._counter is not None and self._counter.device == device
         rows = None if self._rows is None or options is None else self._rows.get(options)
-        ready = rows is not None and (len(rows.terms) == 1 or rows.reserved(shape, dtype))
+        ready = rows is not None and (rows.num_registers == 1 or rows.reserved(shape, dtype))
         if placed and (ready or options is None):
             return True
         if not torch.compiler.is_compiling() and not _host_may_work(device):

@@ -30,6 +30,7 @@ from fastdiff.integrations.diffusers.base import (
     NoisyStep,
     PlainStep,
     TableStep,
+    as_constant,
     is_traced,
 )
 from fastdiff.integrations.diffusers.timestep_classes import lambdas_of
@@ -146,6 +147,8 @@ class EDMList(ScaledInput):
     def _levels(self) -> tuple[np.ndarray, np.ndarray]:
         # "edm" is for data of deviation EDM_SIGMA_DATA: all is measured in units in which it is.
         times, sigmas = super()._levels()
+        # With final_sigmas_type="sigma_min" the last two are one level, rounded in two ways.
+        sigmas[-1:] = sigmas[-2:].min()
         return times, sigmas * (EDM_SIGMA_DATA / self._data_deviation())
 
     def _in_units_of_the_state(self, table: SolverTable) -> SolverTable:
@@ -372,10 +375,11 @@ class LMSDiscreteScheduler(ScaledInput, diffusers.LMSDiscreteScheduler):
         return_dict: bool = True,
     ) -> Any:
         """As diffusers' own."""
-        if self._runs_own_step(sample, (order,)):
+        options = (int(as_constant(order)),)
+        if self._runs_own_step(sample, options):
             return super().step(model_output, timestep, sample, order, return_dict)
         sigma = self._fact(1) if is_traced(sample) else self.sigmas[self._index(timestep)]
-        following, eps = self._advance(model_output, timestep, sample, options=(order,))
+        following, eps = self._advance(model_output, timestep, sample, options=options)
         return self._output(return_dict, following, sample - sigma * eps)
 
 

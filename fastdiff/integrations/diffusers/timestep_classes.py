@@ -11,7 +11,7 @@ import numpy as np
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_pndm
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.base import NoisyStep, PlainStep, TableStep
+from fastdiff.integrations.diffusers.base import NoisyStep, PlainStep, TableStep, as_constant
 from fastdiff.solvers.adams import pndm
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import VARIANCES, ddpm
@@ -89,7 +89,7 @@ class DDIMScheduler(TimestepList, diffusers.DDIMScheduler):
         return_dict: bool = True,
     ) -> Any:
         """As diffusers' own; without clipping ``use_clipped_model_output`` changes nothing."""
-        options = (float(eta),)
+        options = (as_constant(eta),)
         if self._runs_own_step(sample, options):
             return super().step(
                 model_output, timestep, sample, eta, use_clipped_model_output, generator,
