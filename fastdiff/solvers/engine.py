@@ -275,8 +275,9 @@ def _run_cpp(
         inputs = [registers[feed] for feed in table.feeds]
         buffer = None
     else:
-        first = registers[table.rows[start].feed]
-        scaled = first * table.rows[start].input_scale
+        row = table.rows[start]
+        first = registers[row.feed]
+        scaled = first if row.input_scale == 1 else first * row.input_scale
         # cat would turn a channels_last batch of one into a contiguous one.
         buffer = torch.empty((copies * x.shape[0], *x.shape[1:]), dtype=dtype, device=x.device).to(
             memory_format=_format(x)
