@@ -25,13 +25,14 @@ def annealed_langevin(
     *,
     prediction: str = "eps",
     mode: str = "parity",
-    step_size: float = 2e-5,
+    step_size: float | None = None,
     steps_per_level: int = 100,
     denoise: bool = True,
 ) -> SolverTable:
     """The table of annealed Langevin dynamics: L T evaluations, and one more to denoise.
 
-    grid: the L levels, geometric by default ("lambda"). step_size: e at the last of them.
+    grid: the L levels, geometric by default ("lambda").
+    step_size: e at the last of them; None is 0.2 s_L^2, the authors' 2e-5 at their s_L = 0.01.
     steps_per_level: T. denoise: end with the mean of the clean sample (NCSNv2).
     mode: "parity" has the step of the authors' code, "exact" that of algorithm 1, half of it.
 
@@ -40,6 +41,8 @@ def annealed_langevin(
     """
     check_choice("mode", mode, MODES)
     kind = canonical(prediction)
+    if step_size is None:
+        step_size = 0.2 * math.exp(-2 * float(grid.lambdas[-1]))
     if not (isinstance(step_size, (int, float)) and math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be positive, got {step_size}")
     count = steps_per_level

@@ -202,8 +202,6 @@ class TracedStepper:
         Rows before and after them are NaN. The registers become 0.
         """
         _check_rows(table)
-        if any(row.rule for row in table.rows):
-            raise ValueError(f"table must have no rules here, {table.name} has")
         # A short run may have less history. It does with what there is: the program is the same.
         self.num_registers = max(self.num_registers, table.num_registers)
         rows, predictions = dense_rows(table, self.num_registers)
