@@ -319,6 +319,7 @@ def test_annealed_langevin_is_algorithm_1(mode, denoise, levels, per_level):
         levels,
         prediction="score",
         mode=mode,
+        step_size=2e-5,
         steps_per_level=per_level,
         denoise=bool(denoise),
     )
