@@ -15,17 +15,18 @@ from limits import copy_bytes, copy_of
 from timing import Timing, interleaved
 
 from fastdiff.ops import Op
-from fastdiff.ops._contract import Call
+from fastdiff.ops._contract import Call, Result, outputs
 from fastdiff.testing import assert_within_2x
 
 
-def gate(op: Op, call: Call, results: dict[str, torch.Tensor]) -> None:
+def gate(op: Op, call: Call, results: dict[str, Result]) -> None:
     """AssertionError for a result that may not be timed."""
     exact = call.double()
-    oracle = op.reference(*exact.args, **exact.kwargs)
-    torch_result = op.reference(*call.args, **call.kwargs)
+    oracle = outputs(op.reference(*exact.args, **exact.kwargs))
+    torch_result = outputs(op.reference(*call.args, **call.kwargs))
     for name, result in results.items():
-        assert_within_2x(result, oracle, torch_result, what=name)
+        for mine, right, theirs in zip(outputs(result), oracle, torch_result, strict=True):
+            assert_within_2x(mine, right, theirs, what=name)
 
 
 def describe(

@@ -28,6 +28,14 @@ import torch
 
 _LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
 
+# What an op returns.
+Result = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def outputs(result: Result) -> tuple[torch.Tensor, ...]:
+    """The tensors of a result, one or several."""
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -68,7 +76,7 @@ class Implementation:
 
     name: str
     supports: Callable[..., str]
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Result]
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,14 @@ class Op:
     samples: awkward cases for the conformance tests.
     bytes_moved, flops: of a call, counting every input and output once.
     aot: the launch configurations to compile ahead of time, or None when there is no Triton kernel.
+    numerics: the numerical contract. "bounded": the error against float64 is at most twice that of
+        the reference in the same dtype, plus rounding. "exact": the reference's bits.
     """
 
     name: str
     schema: str
-    reference: Callable[..., torch.Tensor]
-    pattern: Callable[..., torch.Tensor]
+    reference: Callable[..., Result]
+    pattern: Callable[..., Result]
     check: Callable[..., None]
     implementations: tuple[Implementation, ...]
     examples: tuple[Example, ...]
@@ -116,6 +126,7 @@ class Op:
     flops: Callable[..., int]
     aot: Callable[[], Iterable[AotConfig]] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    numerics: str = "bounded"
 
     def implementation_names(self) -> tuple[str, ...]:
         """Every value ``impl`` takes besides "auto"."""
@@ -132,7 +143,7 @@ class Op:
             f"impl must be 'auto' or one of {self.implementation_names()}, got {name!r}"
         )
 
-    def choose(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., torch.Tensor]:
+    def choose(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., Result]:
         """The function that computes this call.
 
         ValueError for an unknown name, RuntimeError for a named one that cannot run the call.
@@ -149,7 +160,7 @@ class Op:
             return self.reference
         return next(candidate.run for candidate in self.implementations if candidate.name == impl)
 
-    def __call__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> Any:
         """Through ``torch.ops``, so that compilation, autograd and fakes see one op."""
         return getattr(torch.ops.fastdiff, self.name)(*args, **kwargs, impl=impl)
 
@@ -160,16 +171,16 @@ class Op:
 
         outcomes = {}
         call = self.examples[0].make(device, torch.float32)
-        oracle = self.reference(*call.double().args, **call.double().kwargs)
-        torch_result = self.reference(*call.args, **call.kwargs)
+        oracle = outputs(self.reference(*call.double().args, **call.double().kwargs))
+        torch_result = outputs(self.reference(*call.args, **call.kwargs))
         for name in self.implementation_names():
             try:
                 reason = self.why_not(name, *call.args, **call.kwargs)
                 if reason:
                     outcomes[name] = f"not usable: {reason}"
                     continue
-                result = self(*call.args, **call.kwargs, impl=name)
-                worst = assert_within_2x(result, oracle, torch_result)
+                result = outputs(self(*call.args, **call.kwargs, impl=name))
+                worst = max(map(assert_within_2x, result, oracle, torch_result))
                 outcomes[name] = f"ok, error {worst:.2f} of the allowed"
             except Exception as error:  # the doctor reports whatever breaks
                 outcomes[name] = f"{type(error).__name__}: {error}"
@@ -189,12 +200,12 @@ def register(op: Op) -> Op:
             return args[impl_position], args[:impl_position]
         return kwargs.pop("impl", "auto"), args
 
-    def compute(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def compute(*args: Any, **kwargs: Any) -> Result:
         impl, args = split(args, kwargs)
         op.check(*args, **kwargs)
         return op.choose(impl, *args, **kwargs)(*args, **kwargs)
 
-    def fake(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def fake(*args: Any, **kwargs: Any) -> Result:
         _, args = split(args, kwargs)
         op.check(*args, **kwargs)
         return op.reference(*args, **kwargs)
@@ -210,15 +221,30 @@ def register(op: Op) -> Op:
             for value in inputs[:-1]
         ]
 
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[Any, ...]:
         """The reference's gradient, computed again from the inputs: no activation is kept."""
         with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            leaves = [
+                tensor.detach().requires_grad_(tensor.is_floating_point())
+                for tensor in ctx.saved_tensors
+            ]
             result = op.reference(
                 *(leaves[v.index] if isinstance(v, _Saved) else v for v in ctx.inputs)
             )
-        grads = torch.autograd.grad(result, leaves, grad, allow_unused=True)
-        return (*(grads[v.index] if isinstance(v, _Saved) else None for v in ctx.inputs), None)
+        wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        reached = [
+            (value, grad)
+            for value, grad in zip(outputs(result), given, strict=True)
+            if grad is not None and value.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [value for value, _ in reached],
+            [leaves[i] for i in wanted],
+            [grad for _, grad in reached],
+            allow_unused=True,
+        )
+        grads = dict(zip(wanted, found, strict=True))
+        return (*(grads.get(v.index) if isinstance(v, _Saved) else None for v in ctx.inputs), None)
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(op.name, compute, key)

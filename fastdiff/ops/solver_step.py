@@ -489,6 +489,7 @@ OP = register(
         bytes_moved=bytes_moved,
         flops=flops,
         aot=_aot,
+        numerics="exact",
     )
 )
 
