@@ -38,11 +38,19 @@ def test_readme_example_runs():
 
 def test_readmes_other_examples_run():
     diffusers = pytest.importorskip("diffusers")
-    _, own_model, pipeline = blocks("README.md")
+    _, own_model, denoiser, guided, pipeline = blocks("README.md")
     names: dict = {}
     exec(compile(own_model, "README.md", "exec"), names)
     assert names["latents"].shape == (2, 4, 64, 64)
     assert names["latents"].isfinite().all()
+    exec(compile(denoiser, "README.md", "exec"), names)
+    # The exact denoiser of unit normal data: what it draws has nearly that deviation.
+    assert names["images"].shape == (4, 16)
+    assert names["images"].std().item() == pytest.approx(1, abs=0.4)
+    exec(compile(guided, "README.md", "exec"), names)
+    assert (names["latents"][..., :32] == 0).all()
+    assert names["latents"][..., 32:].isfinite().all()
+    assert names["latents"][..., 32:].abs().min() > 0
     pipe = SimpleNamespace(scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear"))
     exec(compile(pipeline, "README.md", "exec"), {"pipe": pipe})
     assert isinstance(pipe.scheduler, diffusers.DPMSolverMultistepScheduler)
