@@ -1,0 +1,79 @@
+"""What ``fastdiff.compile`` did to a model, in words and as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# What a pass is called in the report, and what it counts.
+LEFT = ("group_norm", "layer_norm", "scaled_dot_product_attention", "gelu", "silu", "softmax")
+
+
+@dataclass
+class GraphReport:
+    """One captured graph: one set of input shapes.
+
+    shapes: of the inputs. fused: places changed, by op. unfused: calls of PyTorch functions that
+    a fusion looks for and that are still there. programs: name -> {"nodes", "flops"}.
+    seconds: from the call to the captured graph. why_whole: why it was left as it was, or "".
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    fused: dict[str, int]
+    unfused: dict[str, int]
+    nodes_before: int
+    nodes_after: int
+    programs: dict[str, dict[str, int]]
+    seconds: float
+    why_whole: str = ""
+
+    @property
+    def hoisted(self) -> float:
+        """The share of the FLOPs that steps do not repeat."""
+        total = sum(program["flops"] for program in self.programs.values())
+        return 1 - self.programs["step"]["flops"] / total if total else 0.0
+
+
+@dataclass
+class Report:
+    """graphs: the captured ones. eager: why calls ran the model's own code, with counts.
+
+    kept_bytes: of the results of the programs that steps do not repeat. hits, misses: of those.
+    """
+
+    model: str
+    graphs: list[GraphReport] = field(default_factory=list)
+    eager: dict[str, int] = field(default_factory=dict)
+    kept_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.graphs)} graphs captured"]
+        for i, graph in enumerate(self.graphs):
+            shapes = ", ".join(f"{name} {list(shape)}" for name, shape in graph.shapes.items())
+            lines.append(f"graph {i}: {shapes}")
+            lines.append(
+                f"  captured in {graph.seconds:.1f} s; {graph.nodes_before} nodes, "
+                f"{graph.nodes_after} after fusion"
+            )
+            if graph.why_whole:
+                lines.append(f"  left as it was: {graph.why_whole}")
+            fused = ", ".join(f"{count} {name}" for name, count in graph.fused.items() if count)
+            lines.append(f"  fused: {fused or 'nothing'}")
+            left = ", ".join(f"{count} {name}" for name, count in graph.unfused.items() if count)
+            lines.append(f"  not fused: {left or 'nothing'}")
+            for name, facts in graph.programs.items():
+                lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
+            lines.append(f"  {graph.hoisted:.1%} of the FLOPs are not repeated in every step")
+        for reason, count in self.eager.items():
+            lines.append(f"ran as it is {count} times: {reason}")
+        lines.append(
+            f"kept results: {self.kept_bytes / 2**20:.1f} MiB, found {self.hits} times, "
+            f"computed {self.misses} times"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""Running the programs of a captured graph, keeping what does not change between steps."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler.split import Program
+
+# How many results of a program are kept: prompts in use at once; the steps of a schedule.
+KEPT = {"weights": 1, "prompt": 4, "schedule": 256, "both": 256}
+# Times are compared by value up to this many elements where reading them costs nothing.
+SMALL = 64
+
+
+class Kept:
+    """The results of one program for the inputs it has seen.
+
+    A result is found again by the identity of its inputs: address, version (in-place writes change
+    it), shape, strides and dtype; the inputs are held, so that no address comes twice. When a
+    weight has changed, everything is forgotten.
+    """
+
+    def __init__(self, program: Program, weights: Sequence[str], others: Sequence[str]) -> None:
+        self.program, self.weights, self.others = program, tuple(weights), tuple(others)
+        self.hits = self.misses = 0
+        self._weights_key: tuple[Any, ...] | None = None
+        self._held: tuple[Any, ...] = ()
+        self._entries: OrderedDict[Any, tuple[Any, tuple[Any, ...]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def results(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """The program's outputs for these values, computed or found."""
+        weights = [values[name] for name in self.weights]
+        others = [values[name] for name in self.others]
+        weights_key = tuple((w.data_ptr(), _version(w)) for w in weights)
+        key = tuple(_key(value) for value in others)
+        known = None not in key and all(version is not None for _, version in weights_key)
+        if known:
+            with self._lock:
+                if weights_key != self._weights_key:
+                    self._entries.clear()
+                    self._weights_key, self._held = weights_key, tuple(weights)
+                found = self._entries.get(key)
+                if found is not None:
+                    self._entries.move_to_end(key)
+                    self.hits += 1
+                    return found[0]
+        self.misses += 1
+        results: tuple[Any, ...] = self.program.module(
+            *(values[name] for name in self.program.inputs)
+        )
+        if known:
+            with self._lock:
+                if weights_key == self._weights_key:
+                    self._entries[key] = (results, tuple(others))
+                    while len(self._entries) > KEPT[self.program.name]:
+                        self._entries.popitem(last=False)
+        return results
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._entries.clear()
+            self._weights_key, self._held = None, ()
+
+    def nbytes(self) -> int:
+        """Bytes of the kept results."""
+        with self._lock:
+            kept = [r for results, _ in self._entries.values() for r in results]
+        return sum(r.numel() * r.element_size() for r in kept if isinstance(r, Tensor))
+
+
+def _version(tensor: Tensor) -> int | None:
+    """None where writes are not counted: tensors made under inference_mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _key(value: Any) -> Any:
+    """What an input is known by; None where a write to it could not be seen."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu" and value.numel() <= SMALL:
+        return (value.dtype, value.shape, *value.reshape(-1).tolist())
+    if value.is_inference():
+        return None
+    return (value.data_ptr(), value._version, value.shape, value.stride(), value.dtype)
+
+
+class Runner:
+    """Calls the programs of one captured graph in order. Two threads may do so at once."""
+
+    def __init__(
+        self, programs: Sequence[Program], placeholders: Sequence[str], roles: dict[str, str]
+    ) -> None:
+        self.placeholders = tuple(placeholders)
+        self.programs = tuple(programs)
+        self.roles = roles
+        made: dict[str, set[str]] = {}  # the placeholders each program's results come from
+        self.kept: list[Kept] = []
+        for program in programs:
+            sources: set[str] = set()
+            for name in program.inputs:
+                sources |= made.get(name, {name})
+            for name in program.outputs:
+                made.setdefault(name, sources)
+            if program.name != "step":
+                ordered = [name for name in placeholders if name in sources]
+                weights = [name for name in ordered if roles[name] == "weights"]
+                others = [name for name in ordered if roles[name] != "weights"]
+                self.kept.append(Kept(program, weights, others))
+        self.step = self.programs[-1]
+
+    def __call__(self, *args: Any) -> Any:
+        values = dict(zip(self.placeholders, args, strict=True))
+        for kept in self.kept:
+            values.update(zip(kept.program.outputs, kept.results(values), strict=True))
+        return self.step.module(*(values[name] for name in self.step.inputs))
+
+    def clear(self) -> None:
+        """Forgets all kept results."""
+        for kept in self.kept:
+            kept.clear()
+
+
+def fake_flops(program: Program) -> int:
+    """FLOPs of a program (multiply and add are two), counted on fake tensors."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    values = [
+        node.meta["example_value"]
+        for node in program.module.graph.nodes
+        if node.op == "placeholder"
+    ]
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    if mode is None:
+        return 0
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        program.module(*values)
+    return int(counter.get_total_flops())
