@@ -18,6 +18,9 @@ from fastdiff.integrations import diffusers as ours  # noqa: E402
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DPM = "DPMSolverMultistepScheduler"
 EDM_DPM = "EDMDPMSolverMultistepScheduler"
+SINGLE = "DPMSolverSinglestepScheduler"
+INVERSE = "DPMSolverMultistepInverseScheduler"
+CM = "CMStochasticIterativeScheduler"
 CASES: list[tuple[str, dict[str, Any]]] = [
     (DPM, {**SD}),
     (DPM, {**SD, "use_karras_sigmas": True}),
@@ -49,10 +52,39 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (EDM_DPM, {}),
     (EDM_DPM, {"solver_order": 3, "sigma_schedule": "exponential", "sigma_data": 1.0}),
     (EDM_DPM, {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "sigma_data": 0.7}),
+    (SINGLE, {**SD}),
+    (SINGLE, {**SD, "solver_order": 3, "lower_order_final": True, "use_karras_sigmas": True}),
+    (SINGLE, {**SD, "algorithm_type": "sde-dpmsolver++", "prediction_type": "v_prediction"}),
+    (SINGLE, {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}),
+    (SINGLE, {**SD, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    ("KDPM2DiscreteScheduler", {**SD}),
+    ("KDPM2DiscreteScheduler", {**SD, "prediction_type": "v_prediction"}),
+    ("KDPM2AncestralDiscreteScheduler", {**SD}),
+    ("KDPM2AncestralDiscreteScheduler", {**SD, "timestep_spacing": "trailing"}),
+    ("TCDScheduler", {**SD}),
+    ("TCDScheduler", {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    ("DDIMInverseScheduler", {**SD, "clip_sample": False, "timestep_spacing": "trailing"}),
+    (
+        "DDIMInverseScheduler",
+        {**SD, "clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"},
+    ),
+    (INVERSE, {**SD}),
+    (INVERSE, {**SD, "solver_order": 3, "solver_type": "heun", "prediction_type": "v_prediction"}),
+    (INVERSE, {**SD, "algorithm_type": "dpmsolver", "prediction_type": "sample"}),
+    (INVERSE, {**SD, "use_karras_sigmas": True, "timestep_spacing": "leading"}),
+    (CM, {"clip_denoised": False}),
+    (CM, {"clip_denoised": False, "sigma_data": 1.0, "s_noise": 1.003, "num_train_timesteps": 201}),
 ]
 IDS = [f"{name}-{number}" for number, (name, _) in enumerate(CASES)]
 EVERY = pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
-STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
+STOCHASTIC = (
+    CM,
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
 
 
 def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

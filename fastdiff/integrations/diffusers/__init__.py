@@ -30,9 +30,19 @@ from the eager step:
 
 from __future__ import annotations
 
+from fastdiff.integrations.diffusers.distilled_classes import (
+    CMStochasticIterativeScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+from fastdiff.integrations.diffusers.inverse_classes import (
+    DDIMInverseScheduler,
+    DPMSolverMultistepInverseScheduler,
+)
 from fastdiff.integrations.diffusers.sigma_classes import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -40,7 +50,8 @@ from fastdiff.integrations.diffusers.sigma_classes import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
-    LCMScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -51,10 +62,14 @@ from fastdiff.integrations.diffusers.timestep_classes import (
 )
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -62,8 +77,11 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
 ]
