@@ -25,6 +25,7 @@ from the eager step:
   A CUDA graph takes a generator of its device that is registered with the graph.
 - Before a capture, ``set_timesteps`` is given the CUDA device and one step runs uncaptured (the
   warm-up every capture needs).
+- Where some steps of a run draw noise, all of them do.
 - A step past the last gives NaN.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -20,6 +20,9 @@ from fastdiff.solvers.table import SolverTable
 
 class DDIMInverseScheduler(TimestepList, diffusers.DDIMInverseScheduler):
     """diffusers' class of this name (with ``clip_sample=False``)."""
+
+    if TYPE_CHECKING:
+        initial_alpha_cumprod: Tensor
 
     _result = scheduling_ddim_inverse.DDIMSchedulerOutput
     _has_history = False
@@ -45,12 +48,11 @@ class DDIMInverseScheduler(TimestepList, diffusers.DDIMInverseScheduler):
             return super().step(model_output, timestep, sample, return_dict)
         alpha, sigma = (self._fact_of_step(i, sample, timestep) for i in (0, 1))
         following, eps = self._advance(model_output, timestep, sample)
-        x0 = (sample - sigma * eps) / alpha
-        return self._output(return_dict, following, x0.to(sample.dtype))
+        return self._output(return_dict, following, (sample - sigma * eps) / alpha)
 
 
 # Inverted, noise and data change places: with alpha and sigma, eps and x0 exchanged, the steps to
-# more noise are the steps of another algorithm to less. A model of v or flow then predicts -v.
+# more noise are the steps of another algorithm to less. A model of v then predicts -v.
 _EXCHANGED = {
     "dpmsolver++": "dpmsolver",
     "dpmsolver": "dpmsolver++",
@@ -62,27 +64,32 @@ _EXCHANGED = {
 class DPMSolverMultistepInverseScheduler(
     GivenNoiseStep, SigmaList, diffusers.DPMSolverMultistepInverseScheduler
 ):
-    """diffusers' class of this name."""
+    """diffusers' class of this name, for an ODE: the SDEs, NaN there, raise ValueError."""
 
     _result = scheduling_dpmsolver_multistep_inverse.SchedulerOutput
     _gives_x0 = False
 
     def _unsupported(self) -> str:
-        if self.config.algorithm_type not in _EXCHANGED:
-            return "an SDE has no steps to more noise"
+        if self.config.use_flow_sigmas:
+            return "its list with use_flow_sigmas goes to less noise"
         return super()._unsupported()
 
     def _levels(self) -> tuple[np.ndarray, np.ndarray]:
         times, sigmas = super()._levels()
-        with np.errstate(divide="ignore"):
-            return times, 1.0 - sigmas if self.config.use_flow_sigmas else 1.0 / sigmas
+        return times, 1.0 / sigmas
 
     def _kind(self) -> str:
         kind = super()._kind()
         return _EXCHANGED.get(kind, kind)
 
     def _table(self, start: int) -> SolverTable:
-        table = dpm_table(self, start, _EXCHANGED[self.config.algorithm_type])
+        algorithm = self.config.algorithm_type
+        if algorithm not in _EXCHANGED:
+            raise ValueError(
+                "algorithm_type must be dpmsolver++ or dpmsolver for a run to more noise, which an "
+                f"SDE's steps have no deviation for, got {algorithm!r}"
+            )
+        table = dpm_table(self, start, _EXCHANGED[algorithm])
         sign = 1.0 if self._kind() in ("epsilon", "sample") else -1.0
         rows = tuple(
             replace(row, from_output=sign * row.from_output, level=None) for row in table.rows

@@ -100,7 +100,11 @@ class DDIMScheduler(TimestepList, diffusers.DDIMScheduler):
 
 
 class DDPMScheduler(NoisyStep, TimestepList, diffusers.DDPMScheduler):
-    """diffusers' class of this name (with ``clip_sample=False``)."""
+    """diffusers' class of this name (with ``clip_sample=False``).
+
+    Learned variances ("learned", "learned_range") run its own step: there the noise is multiplied
+    by a power of the model's output.
+    """
 
     _result = scheduling_ddpm.DDPMSchedulerOutput
     _timesteps_set = True
