@@ -11,7 +11,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 from fastdiff.integrations import diffusers as ours  # noqa: E402
 
@@ -316,6 +319,9 @@ PIPELINE = (
     "UniPCMultistep",
     "EulerDiscrete",
     "EulerAncestralDiscrete",
+    "DPMSolverSinglestep",
+    "KDPM2Discrete",
+    "TCD",
 )
 
 

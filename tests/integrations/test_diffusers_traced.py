@@ -12,7 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 from fastdiff.integrations import diffusers as ours  # noqa: E402
 
