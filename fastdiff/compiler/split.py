@@ -2,8 +2,8 @@
 
 The inputs of a denoiser have roles: the noisy ``sample``, the ``time``, the ``condition`` (text
 embeddings and whatever else stays the same over a sampling run) and the ``weights``. A value
-depends on a set of them. What depends on the sample has to be computed in every step. The rest are programs
-of their own, whose results are kept:
+depends on a set of them. What depends on the sample has to be computed in every step. The rest are
+programs of their own, whose results are kept:
 
 ========  ==========================  ======================================================
 program   depends on                  in a Stable Diffusion U-Net

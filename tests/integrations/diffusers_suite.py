@@ -18,18 +18,25 @@ import pytest
 from fastdiff.integrations import diffusers as ours
 
 FILES = {
+    "CMStochasticIterativeScheduler": "consistency_model",
+    "DDIMInverseScheduler": "ddim_inverse",
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
     "DEISMultistepScheduler": "deis",
+    "DPMSolverMultistepInverseScheduler": "dpm_multi_inverse",
     "DPMSolverMultistepScheduler": "dpm_multi",
+    "DPMSolverSinglestepScheduler": "dpm_single",
     "EDMDPMSolverMultistepScheduler": "edm_dpmsolver_multistep",
     "EDMEulerScheduler": "edm_euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
     "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "kdpm2_ancestral",
+    "KDPM2DiscreteScheduler": "kdpm2_discrete",
     "LCMScheduler": "lcm",
     "LMSDiscreteScheduler": "lms",
     "PNDMScheduler": "pndm",
+    "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 from fastdiff.integrations import diffusers as ours  # noqa: E402
 
@@ -23,6 +26,8 @@ SIGMAS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.1]
 CUSTOM: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", SD, {"timesteps": TIMES}),
     ("DPMSolverMultistepScheduler", {**FLOW, **SHIFTED}, {"num_inference_steps": 6, "mu": 0.7}),
+    ("DPMSolverSinglestepScheduler", SD, {"timesteps": TIMES}),
+    ("DPMSolverSinglestepScheduler", {**FLOW, **SHIFTED}, {"num_inference_steps": 6, "mu": 0.7}),
     ("DDPMScheduler", {**SD, "clip_sample": False}, {"timesteps": TIMES}),
     ("DEISMultistepScheduler", {**FLOW, **SHIFTED}, {"num_inference_steps": 6, "mu": 0.7}),
     ("EulerDiscreteScheduler", SD, {"timesteps": TIMES}),
@@ -32,6 +37,12 @@ CUSTOM: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("LCMScheduler", SD, {"timesteps": [999, 779, 499, 259]}),
     ("LCMScheduler", SD, {"num_inference_steps": 4, "original_inference_steps": 100}),
     ("LCMScheduler", SD, {"num_inference_steps": 4, "strength": 0.5}),
+    ("TCDScheduler", SD, {"timesteps": [999, 779, 499, 259]}),
+    ("TCDScheduler", SD, {"timesteps": [999, 779, 499, 0]}),
+    ("TCDScheduler", SD, {"num_inference_steps": 4, "original_inference_steps": 100}),
+    ("TCDScheduler", SD, {"num_inference_steps": 4, "strength": 0.5}),
+    ("CMStochasticIterativeScheduler", {"clip_denoised": False}, {"timesteps": [39, 22, 0]}),
+    ("CMStochasticIterativeScheduler", {"clip_denoised": False}, {"num_inference_steps": 40}),
     ("UniPCMultistepScheduler", FLOW, {"sigmas": np.array(SIGMAS)}),
     ("UniPCMultistepScheduler", {**FLOW, **SHIFTED}, {"num_inference_steps": 6, "mu": 0.7}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {"num_inference_steps": 6}),
@@ -57,10 +68,14 @@ CUSTOM: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
 ]
 CLASSES: dict[str, dict[str, Any]] = {
+    "CMStochasticIterativeScheduler": {"clip_denoised": False},
+    "DDIMInverseScheduler": {**SD, "clip_sample": False},
     "DDIMScheduler": {**SD, "clip_sample": False},
     "DDPMScheduler": {**SD, "clip_sample": False},
     "DEISMultistepScheduler": SD,
+    "DPMSolverMultistepInverseScheduler": SD,
     "DPMSolverMultistepScheduler": SD,
+    "DPMSolverSinglestepScheduler": SD,
     "EDMDPMSolverMultistepScheduler": {"sigma_data": 1.0},
     "EDMEulerScheduler": {"sigma_data": 1.0},
     "EulerAncestralDiscreteScheduler": SD,
@@ -68,9 +83,12 @@ CLASSES: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": {},
     "FlowMatchHeunDiscreteScheduler": {},
     "HeunDiscreteScheduler": SD,
+    "KDPM2AncestralDiscreteScheduler": SD,
+    "KDPM2DiscreteScheduler": SD,
     "LCMScheduler": SD,
     "LMSDiscreteScheduler": SD,
     "PNDMScheduler": {**SD, "skip_prk_steps": True},
+    "TCDScheduler": SD,
     "UniPCMultistepScheduler": SD,
 }
 

@@ -12,12 +12,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 
 from fastdiff.integrations import diffusers as ours  # noqa: E402
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DPM = "DPMSolverMultistepScheduler"
+ANCESTRAL = "KDPM2AncestralDiscreteScheduler"
 CASES: list[tuple[str, dict[str, Any]]] = [
     (DPM, SD),
     (DPM, {**SD, "solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
@@ -35,6 +39,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DDIMScheduler", {**SD, "clip_sample": False}),
     ("DDPMScheduler", {**SD, "clip_sample": False}),
     ("PNDMScheduler", {**SD, "skip_prk_steps": True}),
+    ("DPMSolverSinglestepScheduler", {**SD, "solver_order": 3}),
+    ("KDPM2DiscreteScheduler", SD),
+    (ANCESTRAL, SD),
+    ("TCDScheduler", SD),
+    ("CMStochasticIterativeScheduler", {"clip_denoised": False}),
+    ("DDIMInverseScheduler", {**SD, "clip_sample": False}),
+    ("DPMSolverMultistepInverseScheduler", SD),
 ]
 EVERY = pytest.mark.parametrize(
     ("name", "config"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
@@ -76,7 +87,14 @@ def eager(name: str, config: dict[str, Any], steps: int = 8, skip: int = 0) -> t
     scheduler = make(name, config, steps)
     if skip:
         scheduler.set_begin_index(skip)
-    return loop(scheduler, scheduler.step, begin(scheduler), skip)
+
+    def step(output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, **kwargs: Any) -> Any:
+        result = scheduler.step(output, t, x, **kwargs)
+        if name == ANCESTRAL and scheduler.step_index % 2:
+            torch.randn(x.shape)  # a traced step draws here, too
+        return result
+
+    return loop(scheduler, step, begin(scheduler), skip)
 
 
 def check(result: torch.Tensor, expected: torch.Tensor) -> None:
@@ -95,6 +113,19 @@ def test_compiled_steps_are_one_graph(name, config):
     scheduler.set_timesteps(11)  # another run, and still the same graph
     check(loop(scheduler, step, begin(scheduler)), eager(name, config, 11))
     assert counter.frame_count == 1
+
+
+def test_only_the_first_long_run_compiles_once_more():
+    scheduler = make("DDIMScheduler", {**SD, "clip_sample": False})
+    counter = CompileCounter()
+    step = torch.compile(scheduler.step, backend=counter, fullgraph=True)
+    counts = []
+    for steps in (8, 63, 64, 8, 200):
+        scheduler.set_timesteps(steps)
+        result = loop(scheduler, step, begin(scheduler))
+        check(result, eager("DDIMScheduler", {**SD, "clip_sample": False}, steps))
+        counts.append(counter.frame_count)
+    assert counts == [1, 1, 2, 2, 2]
 
 
 @EVERY
@@ -156,7 +187,7 @@ def test_one_recorded_step_replays_the_run(name, config, monkeypatch):
 
 @EVERY
 def test_a_compiled_run_begins_at_the_begin_index(name, config):
-    skip = 4 if "Heun" in name else 3
+    skip = 4 if "Heun" in name or "KDPM2" in name else 3
     if name == "PNDMScheduler":
         skip = 1  # in the middle of the repeated timestep
     scheduler = make(name, config)
@@ -215,7 +246,11 @@ def test_half_precision_and_other_shapes():
 
 @pytest.mark.parametrize(
     ("name", "option", "values"),
-    [("LMSDiscreteScheduler", "order", (4, 2, 3)), ("DDIMScheduler", "eta", (0.0, 0.5, 1.0))],
+    [
+        ("LMSDiscreteScheduler", "order", (4, 2, 3)),
+        ("DDIMScheduler", "eta", (0.0, 0.5, 1.0)),
+        ("TCDScheduler", "eta", (0.0, 0.5, 1.0)),
+    ],
 )
 def test_options_of_step_have_rows_of_their_own(name, option, values):
     config = {**SD, "clip_sample": False} if name == "DDIMScheduler" else SD
@@ -232,6 +267,33 @@ def test_options_of_step_have_rows_of_their_own(name, option, values):
             results.append(x)
         check(*results)
     assert counter.frame_count == len(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("LMSDiscreteScheduler", "pred_original_sample"),
+        ("DDIMInverseScheduler", "pred_original_sample"),
+        ("TCDScheduler", "pred_noised_sample"),
+        ("KDPM2DiscreteScheduler", "pred_original_sample"),
+    ],
+)
+def test_the_second_result_of_every_step(name, key):
+    config = {**SD, "clip_sample": False} if name == "DDIMInverseScheduler" else SD
+    reference = getattr(diffusers, name)(**config)
+    reference.set_timesteps(8)
+    scheduler, plain = make(name, config), make(name, config)
+    step = torch.compile(scheduler.step, backend="eager", fullgraph=True)
+    extra = {"eta": 0.0} if name == "TCDScheduler" else {}
+    x = begin(scheduler)
+    for t in scheduler.timesteps:
+        for one in (reference, plain, scheduler):
+            one.scale_model_input(x, t)
+        output = model(x, t)
+        expected = reference.step(output, t, x, **extra)
+        for run in (step, plain.step):
+            check(run(output, t, x, **extra)[key], expected[key])
+        x = expected.prev_sample
 
 
 def test_noise_is_added_at_the_right_level_in_a_compiled_run():

@@ -15,8 +15,8 @@ Compiled or captured
 ``scale_model_input``, and a CUDA graph of either: all of them run one and the same program in every
 step. The number of the step is a tensor on the device, which the step itself increments, and it
 picks the row out of a tensor of all rows. Nothing recompiles when the run goes on, and
-``set_timesteps`` (which puts the counter back) may ask for another number of steps. What differs
-from the eager step:
+``set_timesteps`` (which puts the counter back) may ask for another number of steps; only the first
+run of more than 63 evaluations compiles once more. What differs from the eager step:
 
 - A run begins at ``set_begin_index`` (0 unless it is called), whatever timestep is passed first,
   and ``step_index`` stays where the run began.
@@ -25,14 +25,25 @@ from the eager step:
   A CUDA graph takes a generator of its device that is registered with the graph.
 - Before a capture, ``set_timesteps`` is given the CUDA device and one step runs uncaptured (the
   warm-up every capture needs).
+- Where some steps of a run draw noise, all of them do.
 - A step past the last gives NaN.
 """
 
 from __future__ import annotations
 
+from fastdiff.integrations.diffusers.distilled_classes import (
+    CMStochasticIterativeScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+from fastdiff.integrations.diffusers.inverse_classes import (
+    DDIMInverseScheduler,
+    DPMSolverMultistepInverseScheduler,
+)
 from fastdiff.integrations.diffusers.sigma_classes import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -40,7 +51,8 @@ from fastdiff.integrations.diffusers.sigma_classes import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
-    LCMScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -51,10 +63,14 @@ from fastdiff.integrations.diffusers.timestep_classes import (
 )
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -62,8 +78,11 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
 ]

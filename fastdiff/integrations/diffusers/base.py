@@ -64,7 +64,10 @@ class TableStep:
     _options: tuple[Any, ...] = ()
     _built: tuple[tuple[int, tuple[Any, ...]], SolverTable] | None = None
 
-    # Of traced steps: the number of the next, the facts of each (what _traced_facts gives), and
+    # Of eager steps: what _step_facts gives.
+    _known_facts: np.ndarray | None = None
+
+    # Of traced steps: the number of the next, the facts of each (what _step_facts gives), and
     # the rows for each of the options. A run is traced or eager, from its first step on.
     _counter: Tensor | None = None
     _facts: Tensor | None = None
@@ -75,7 +78,7 @@ class TableStep:
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers' own; what was compiled or captured begins again."""
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
-        self._stepper = None
+        self._stepper = self._known_facts = None
         self._timesteps_set = True
         self._reason = None
         self._built = None
@@ -200,6 +203,19 @@ class TableStep:
         results = (following, prediction) if self._gives_x0 else (following,)
         return self._result(*results) if return_dict else results
 
+    def _step_facts(self) -> np.ndarray | None:
+        """[len(timesteps), any]: numbers of each step besides its row."""
+        return None
+
+    def _fact_of_step(self, column: int, sample: Tensor, timestep: Any) -> Tensor | float:
+        """Of the step that is about to run, traced or eager: a number of ``_step_facts``."""
+        if is_traced(sample):
+            return self._fact(column)
+        if self._known_facts is None:
+            self._known_facts = self._step_facts()
+        assert self._known_facts is not None
+        return float(self._known_facts[self._index(timestep), column])
+
     # Traced steps
 
     def _traced_step(
@@ -240,12 +256,8 @@ class TableStep:
     # Whether a table of the class may look back.
     _has_history: ClassVar[bool] = True
 
-    def _traced_facts(self) -> np.ndarray | None:
-        """[len(timesteps), any]: numbers of each step besides its row."""
-        return None
-
     def _fact(self, column: int) -> Tensor:
-        """Of the next traced step: a number of ``_traced_facts``, 0-dim."""
+        """Of the next traced step: a number of ``_step_facts``, 0-dim."""
         assert self._facts is not None
         assert self._counter is not None
         return pick_row(self._facts, self._counter)[column]
@@ -260,7 +272,7 @@ class TableStep:
             with torch.inference_mode(False):
                 self._counter = torch.zeros((), dtype=torch.int64, device=device)
         self._counter.fill_(start)
-        facts = self._traced_facts()
+        facts = self._step_facts()
         if facts is not None:
             self._facts = place_rows(self._facts, facts, 0, device)
         if self._rows is None:
@@ -349,6 +361,27 @@ class NoisyStep(TableStep):
         if self._runs_own_step(sample):
             return super().step(model_output, timestep, sample, generator, return_dict=return_dict)
         results = self._advance(model_output, timestep, sample, generator)
+        return self._output(return_dict, *results)
+
+
+class GivenNoiseStep(TableStep):
+    """``step`` of the multistep DPM-Solvers, which take the noise, too."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As diffusers' own."""
+        if self._runs_own_step(sample):
+            return super().step(
+                model_output, timestep, sample, generator, variance_noise, return_dict
+            )
+        results = self._advance(model_output, timestep, sample, generator, variance_noise)
         return self._output(return_dict, *results)
 
 

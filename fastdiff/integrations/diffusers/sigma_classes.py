@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from diffusers.schedulers import (
     scheduling_deis_multistep,
     scheduling_dpmsolver_multistep,
+    scheduling_dpmsolver_singlestep,
     scheduling_edm_dpmsolver_multistep,
     scheduling_edm_euler,
     scheduling_euler_ancestral_discrete,
@@ -19,7 +21,8 @@ from diffusers.schedulers import (
     scheduling_flow_match_euler_discrete,
     scheduling_flow_match_heun_discrete,
     scheduling_heun_discrete,
-    scheduling_lcm,
+    scheduling_k_dpm_2_ancestral_discrete,
+    scheduling_k_dpm_2_discrete,
     scheduling_lms_discrete,
     scheduling_unipc_multistep,
 )
@@ -27,15 +30,15 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.base import (
     ChurnStep,
+    GivenNoiseStep,
     NoisyStep,
     PlainStep,
     TableStep,
     as_constant,
     is_traced,
 )
-from fastdiff.integrations.diffusers.timestep_classes import lambdas_of
 from fastdiff.solvers.adams import deis, lms
-from fastdiff.solvers.consistency import lcm
+from fastdiff.solvers.ancestral import dpm_2, dpm_2_ancestral
 from fastdiff.solvers.continuous import Flow, ve
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.dpm_solver import SOLVER_TYPES, dpm_multistep
@@ -43,6 +46,7 @@ from fastdiff.solvers.grids import TimeGrid
 from fastdiff.solvers.prediction import EDM_SIGMA_DATA
 from fastdiff.solvers.runge_kutta import heun
 from fastdiff.solvers.schedules import NoiseSchedule, linear
+from fastdiff.solvers.singlestep import dpm_singlestep
 from fastdiff.solvers.table import SolverTable
 from fastdiff.solvers.unipc import unipc
 
@@ -64,7 +68,10 @@ class SigmaList(TableStep):
         with np.errstate(invalid="ignore"):
             steps = np.diff(self._levels()[1])
         if not (np.all(steps[:-1] < 0) and steps[-1] <= 0):
-            return "noise levels repeat or rise; fewer steps may do"
+            return "noise levels repeat or turn back; fewer steps may do"
+        kind, on_flow = self._kind(), self._schedule() is _FLOW
+        if kind in ("flow", "v_prediction") and (kind == "flow") is not on_flow:
+            return f"prediction_type is {kind!r} and use_flow_sigmas is {on_flow}"
         return super()._unsupported()
 
     def _kind(self) -> str:
@@ -87,9 +94,7 @@ class SigmaList(TableStep):
         with np.errstate(divide="ignore"):
             lambdas = -np.log(sigmas)
             if self._schedule() is _FLOW:
-                # At -40 sigma is 1 to the last digit, and h stays finite: only a step to the clean
-                # sample has h = inf.
-                lambdas = np.maximum(np.log1p(-sigmas) + lambdas, -40.0)
+                lambdas = np.log1p(-sigmas) + lambdas
         grid = TimeGrid("diffusers", times, lambdas[:-1], lambdas[1:], len(times))
         return grid.from_step(start)
 
@@ -102,9 +107,13 @@ class ScaledInput(SigmaList):
     def _data_deviation(self) -> float:
         return 1.0
 
-    def _traced_facts(self) -> np.ndarray:
+    def _fed_levels(self) -> np.ndarray:
+        """Sigma of the state at every evaluation."""
+        return self.sigmas.double().cpu().numpy()[: len(self.timesteps)].copy()
+
+    def _step_facts(self) -> np.ndarray:
         """The scale of the model's input, and sigma."""
-        sigmas = self.sigmas.double().cpu().numpy()[: len(self.timesteps)]
+        sigmas = self._fed_levels()
         return np.stack([1.0 / np.hypot(sigmas, self._data_deviation()), sigmas], axis=1)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
@@ -134,27 +143,33 @@ class EDMList(ScaledInput):
     """Classes with EDM's preconditioning (arXiv 2206.00364, table 1)."""
 
     def _unsupported(self) -> str:
-        if self.config.prediction_type not in ("epsilon", "v_prediction"):
-            return f"prediction_type is {self.config.prediction_type!r}"
+        if self._output_type() not in ("epsilon", "v_prediction"):
+            return f"prediction_type is {self._output_type()!r}"
         return super()._unsupported()
 
     def _kind(self) -> str:
         return "edm"
 
+    def _output_type(self) -> str:
+        return str(self.config.prediction_type)
+
     def _data_deviation(self) -> float:
         return float(self.config.sigma_data)
 
+    def _unit(self) -> float:
+        """Levels are measured in units in which the data has the deviation that "edm" is for."""
+        return self._data_deviation() / EDM_SIGMA_DATA
+
     def _levels(self) -> tuple[np.ndarray, np.ndarray]:
-        # "edm" is for data of deviation EDM_SIGMA_DATA: all is measured in units in which it is.
         times, sigmas = super()._levels()
         # With final_sigmas_type="sigma_min" the last two are one level, rounded in two ways.
         sigmas[-1:] = sigmas[-2:].min()
-        return times, sigmas * (EDM_SIGMA_DATA / self._data_deviation())
+        return times, sigmas / self._unit()
 
     def _in_units_of_the_state(self, table: SolverTable) -> SolverTable:
-        unit = self._data_deviation() / EDM_SIGMA_DATA
+        unit = self._unit()
         # diffusers' "v_prediction" is a network that predicts -F.
-        output = unit if self.config.prediction_type == "epsilon" else -unit
+        output = unit if self._output_type() == "epsilon" else -unit
         rows = tuple(
             replace(
                 row,
@@ -167,26 +182,26 @@ class EDMList(ScaledInput):
         return replace(table, rows=rows, end_level=None)
 
 
-def _dpm_table(scheduler: SigmaList, start: int) -> SolverTable:
+def dpm_table(scheduler: SigmaList, start: int, algorithm_type: str) -> SolverTable:
+    """The multistep DPM-Solver that the configuration asks for."""
     config = scheduler.config
     return dpm_multistep(
         scheduler._schedule(),
         scheduler._grid(start),
         prediction=scheduler._kind(),
         order=config.solver_order,
-        algorithm_type=config.algorithm_type,
+        algorithm_type=algorithm_type,
         solver_type=config.solver_type,
         lower_order_final=config.lower_order_final,
         euler_at_final=config.euler_at_final,
     )
 
 
-class DPMSolverMultistepScheduler(SigmaList, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(GivenNoiseStep, SigmaList, diffusers.DPMSolverMultistepScheduler):
     """diffusers' class of this name; the third-order SDE has the sign right that it has wrong."""
 
     _result = scheduling_dpmsolver_multistep.SchedulerOutput
     _gives_x0 = False
-
     _noise_dtype = torch.float32
 
     def _unsupported(self) -> str:
@@ -197,24 +212,25 @@ class DPMSolverMultistepScheduler(SigmaList, diffusers.DPMSolverMultistepSchedul
         return super()._unsupported()
 
     def _table(self, start: int) -> SolverTable:
-        return _dpm_table(self, start)
+        return dpm_table(self, start, self.config.algorithm_type)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Any = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """As diffusers' own."""
-        if self._runs_own_step(sample):
-            return super().step(
-                model_output, timestep, sample, generator, variance_noise, return_dict
-            )
-        results = self._advance(model_output, timestep, sample, generator, variance_noise)
-        return self._output(return_dict, *results)
+
+class DPMSolverSinglestepScheduler(NoisyStep, SigmaList, diffusers.DPMSolverSinglestepScheduler):
+    """diffusers' class of this name; the third-order SDE has the sign right that it has wrong."""
+
+    _result = scheduling_dpmsolver_singlestep.SchedulerOutput
+    _gives_x0 = False
+
+    def _table(self, start: int) -> SolverTable:
+        return dpm_singlestep(
+            self._schedule(),
+            self._grid(start),
+            prediction=self._kind(),
+            order=self.config.solver_order,
+            algorithm_type=self.config.algorithm_type,
+            solver_type=self.config.solver_type,
+            lower_order_final=self.config.lower_order_final,
+        )
 
 
 class UniPCMultistepScheduler(PlainStep, SigmaList, diffusers.UniPCMultistepScheduler):
@@ -281,33 +297,77 @@ class EulerAncestralDiscreteScheduler(
         return ddim(self._schedule(), self._grid(start), prediction=self._kind(), eta=1.0)
 
 
-class HeunList(SigmaList):
+class TwoEvaluations(SigmaList):
     """Two evaluations in each step but the last."""
 
+    _solver: ClassVar[Callable[..., SolverTable]] = staticmethod(heun)
+
     def _levels(self) -> tuple[np.ndarray, np.ndarray]:
-        times, sigmas = super()._levels()  # all but the ends are there twice
-        return np.append(times[:1], times[1::2]), np.append(sigmas[:1], sigmas[1::2])
+        times, sigmas = super()._levels()  # all levels but the ends are there twice
+        return times[::2], np.append(sigmas[:1], sigmas[1::2])
 
     def _table(self, start: int) -> SolverTable:
         # A start between the two evaluations of a step has no table: begin with the step.
-        table = heun(self._schedule(), self._grid(start // 2), prediction=self._kind())
         if start % 2:
             raise ValueError(f"the first step must be an even number in the list, got {start}")
-        return table
+        return self._solver(self._schedule(), self._grid(start // 2), prediction=self._kind())
 
 
-class HeunDiscreteScheduler(PlainStep, HeunList, ScaledInput, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(
+    PlainStep, TwoEvaluations, ScaledInput, diffusers.HeunDiscreteScheduler
+):
     """diffusers' class of this name."""
 
     _result = scheduling_heun_discrete.HeunDiscreteSchedulerOutput
 
 
 class FlowMatchHeunDiscreteScheduler(
-    ChurnStep, HeunList, FlowList, diffusers.FlowMatchHeunDiscreteScheduler
+    ChurnStep, TwoEvaluations, FlowList, diffusers.FlowMatchHeunDiscreteScheduler
 ):
     """diffusers' class of this name; churn (``s_churn`` > 0) runs its own step."""
 
     _result = scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput
+
+
+class KDPM2List(TwoEvaluations, ScaledInput):
+    """The second evaluation of a step lies inside it."""
+
+    if TYPE_CHECKING:
+        sigmas_interpol: Tensor
+
+    # Where in sigmas_interpol the first inner level is.
+    _inner: ClassVar[int]
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """As diffusers' own, of the step that runs."""
+        if self._reason:
+            return bool(super().state_in_first_order)  # type: ignore[misc]
+        return self.step_index is None or self.step_index % 2 == 0
+
+    def _fed_levels(self) -> np.ndarray:
+        levels = super()._fed_levels()
+        inner = self.sigmas_interpol.double().cpu().numpy()
+        levels[1::2] = inner[self._inner :: 2][: len(levels) // 2]
+        return levels
+
+
+class KDPM2DiscreteScheduler(PlainStep, KDPM2List, diffusers.KDPM2DiscreteScheduler):
+    """diffusers' class of this name."""
+
+    _result = scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
+    _solver = staticmethod(dpm_2)
+    _inner = 1
+
+
+class KDPM2AncestralDiscreteScheduler(
+    NoisyStep, KDPM2List, diffusers.KDPM2AncestralDiscreteScheduler
+):
+    """diffusers' class of this name."""
+
+    _result = scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
+    _solver = staticmethod(dpm_2_ancestral)
+    _inner = 0
 
 
 class EDMEulerScheduler(EDMList, diffusers.EDMEulerScheduler):
@@ -350,7 +410,7 @@ class EDMDPMSolverMultistepScheduler(NoisyStep, EDMList, diffusers.EDMDPMSolverM
     _gives_x0 = False
 
     def _table(self, start: int) -> SolverTable:
-        return self._in_units_of_the_state(_dpm_table(self, start))
+        return self._in_units_of_the_state(dpm_table(self, start, self.config.algorithm_type))
 
 
 class LMSDiscreteScheduler(ScaledInput, diffusers.LMSDiscreteScheduler):
@@ -378,7 +438,7 @@ class LMSDiscreteScheduler(ScaledInput, diffusers.LMSDiscreteScheduler):
         options = (int(as_constant(order)),)
         if self._runs_own_step(sample, options):
             return super().step(model_output, timestep, sample, order, return_dict)
-        sigma = self._fact(1) if is_traced(sample) else self.sigmas[self._index(timestep)]
+        sigma = self._fact_of_step(1, sample, timestep)
         following, eps = self._advance(model_output, timestep, sample, options=options)
         return self._output(return_dict, following, sample - sigma * eps)
 
@@ -417,22 +477,3 @@ class FlowMatchEulerDiscreteScheduler(FlowList, diffusers.FlowMatchEulerDiscrete
                 per_token_timesteps, return_dict,
             )  # fmt: skip
         return self._output(return_dict, *self._advance(model_output, timestep, sample))
-
-
-class LCMScheduler(NoisyStep, SigmaList, diffusers.LCMScheduler):
-    """diffusers' class of this name (with ``clip_sample=False``, its default)."""
-
-    _result = scheduling_lcm.LCMSchedulerOutput
-    _has_history = False
-
-    def _levels(self) -> tuple[np.ndarray, np.ndarray]:
-        times = self.timesteps.double().cpu().numpy()
-        return times, np.append(np.exp(-lambdas_of(self.alphas_cumprod, times)), 0.0)
-
-    def _table(self, start: int) -> SolverTable:
-        return lcm(
-            _VP,
-            self._grid(start),
-            prediction=self.config.prediction_type,
-            timestep_scaling=self.config.timestep_scaling,
-        )

@@ -41,10 +41,9 @@ class TimestepList(TableStep):
         lambdas = lambdas_of(self.alphas_cumprod, times)
         return TimeGrid("diffusers", times, lambdas, targets, len(times))
 
-    def _strided_grid(self, times: np.ndarray) -> TimeGrid:
-        """Each step goes ``T // N`` timesteps on."""
+    def _strided_grid(self, times: np.ndarray, last: float) -> TimeGrid:
+        """Each step goes ``T // N`` timesteps on, the last one to alphas_cumprod ``last``."""
         following = times - self.config.num_train_timesteps // self.num_inference_steps
-        last = float(self.final_alpha_cumprod)
         end = math.inf if last == 1 else math.log(last / (1 - last)) / 2
         return self._grid(times, following, end)
 
@@ -74,7 +73,8 @@ class DDIMScheduler(TimestepList, diffusers.DDIMScheduler):
 
     def _table(self, start: int) -> SolverTable:
         (eta,) = self._options
-        grid = self._strided_grid(self.timesteps.double().cpu().numpy())
+        times = self.timesteps.double().cpu().numpy()
+        grid = self._strided_grid(times, float(self.final_alpha_cumprod))
         return ddim(_VP, grid.from_step(start), prediction=self.config.prediction_type, eta=eta)
 
     def step(
@@ -100,7 +100,11 @@ class DDIMScheduler(TimestepList, diffusers.DDIMScheduler):
 
 
 class DDPMScheduler(NoisyStep, TimestepList, diffusers.DDPMScheduler):
-    """diffusers' class of this name (with ``clip_sample=False``)."""
+    """diffusers' class of this name (with ``clip_sample=False``).
+
+    Learned variances ("learned", "learned_range") run its own step: there the noise is multiplied
+    by a power of the model's output.
+    """
 
     _result = scheduling_ddpm.DDPMSchedulerOutput
     _timesteps_set = True
@@ -139,7 +143,8 @@ class PNDMScheduler(PlainStep, TimestepList, diffusers.PNDMScheduler):
     def _table(self, start: int) -> SolverTable:
         # The list is t_0, t_1, t_1, t_2, ...: its first step is redone with the second evaluation.
         listed = self.timesteps.double().cpu().numpy()
-        grid = self._strided_grid(np.delete(listed, 1) if len(listed) > 1 else listed)
+        times = np.delete(listed, 1) if len(listed) > 1 else listed
+        grid = self._strided_grid(times, float(self.final_alpha_cumprod))
         grid = replace(grid, planned_steps=self.num_inference_steps)
         kind = self.config.prediction_type
 
