@@ -145,8 +145,9 @@ class Stepper:
         return True
 
 
-# Rows that fit whatever the run: another number of steps needs no other tensor, so no other graph.
-_CAPACITY = 64
+# More rows than two evaluations of each of 1000 timesteps have: another number of steps needs no
+# other tensor, so no other graph.
+_CAPACITY = 2048
 
 
 def capacity(rows: int) -> int:

@@ -115,17 +115,17 @@ def test_compiled_steps_are_one_graph(name, config):
     assert counter.frame_count == 1
 
 
-def test_only_the_first_long_run_compiles_once_more():
+def test_runs_of_any_length_are_one_graph():
     scheduler = make("DDIMScheduler", {**SD, "clip_sample": False})
     counter = CompileCounter()
     step = torch.compile(scheduler.step, backend=counter, fullgraph=True)
     counts = []
-    for steps in (8, 63, 64, 8, 200):
+    for steps in (8, 64, 8, 500):
         scheduler.set_timesteps(steps)
         result = loop(scheduler, step, begin(scheduler))
         check(result, eager("DDIMScheduler", {**SD, "clip_sample": False}, steps))
         counts.append(counter.frame_count)
-    assert counts == [1, 1, 2, 2, 2]
+    assert counts == [1, 1, 1, 1]
 
 
 @EVERY

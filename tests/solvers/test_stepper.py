@@ -98,7 +98,8 @@ def test_rows_outside_the_table_are_nan():
         assert traced.step(x, x)[0].isnan().all()
 
 
-def test_a_captured_graph_that_is_out_of_date_is_warned_of():
+def test_a_captured_graph_that_is_out_of_date_is_warned_of(monkeypatch):
+    monkeypatch.setattr("fastdiff.solvers.stepper._CAPACITY", 64)
     traced = TracedStepper(make_table("ddim", "scaled_linear", 20), 0, counter())
     traced.captured = True
     traced.load(make_table("ddim", "scaled_linear", 50))

@@ -15,8 +15,8 @@ Compiled or captured
 ``scale_model_input``, and a CUDA graph of either: all of them run one and the same program in every
 step. The number of the step is a tensor on the device, which the step itself increments, and it
 picks the row out of a tensor of all rows. Nothing recompiles when the run goes on, and
-``set_timesteps`` (which puts the counter back) may ask for another number of steps; only the first
-run of more than 63 evaluations compiles once more. What differs from the eager step:
+``set_timesteps`` (which puts the counter back) may ask for another number of steps; only a run of
+more than 2047 evaluations would compile once more. What differs from the eager step:
 
 - A run begins at ``set_begin_index`` (0 unless it is called), whatever timestep is passed first,
   and ``step_index`` stays where the run began.
