@@ -10,6 +10,7 @@ file of its family, and one line in SOLVERS (registry.py). Engines and kernels n
 from __future__ import annotations
 
 from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.best_linear import best_linear
 from fastdiff.solvers.consistency import lcm, lcm_grid
 from fastdiff.solvers.continuous import (
     ContinuousVP,
@@ -55,6 +56,7 @@ __all__ = [
     "SolverTable",
     "TimeGrid",
     "Update",
+    "best_linear",
     "cosine",
     "ddim",
     "ddpm",

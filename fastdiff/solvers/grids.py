@@ -43,7 +43,7 @@ AYS_TIMESTEPS: dict[str, tuple[int, ...]] = {
     "ays_sd15": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
     "ays_sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
 }
-SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS, *AYS_TIMESTEPS)
+SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS, *AYS_TIMESTEPS, "angle")
 CONVENTIONS = ("ddim", "dpm", "euler")
 FINALS = ("zero", "sigma_min")
 MODES = ("parity", "exact")
@@ -142,6 +142,17 @@ def check_steps(steps: int, most: int | None = None) -> None:
         )
 
 
+def check_data_std(data_std: float) -> None:
+    """ValueError unless ``data_std`` is a positive finite number."""
+    if not (isinstance(data_std, (int, float)) and math.isfinite(data_std) and data_std > 0):
+        raise ValueError(f"data_std must be positive and finite, got {data_std}")
+
+
+def angle(lam: float) -> float:
+    """atan(sigma/alpha) at lambda: pi/2 at -inf, pure noise, and 0 at inf, the clean sample."""
+    return math.atan2(1.0, math.exp(lam)) if lam < 700 else math.exp(-lam)
+
+
 def timesteps(
     num_timesteps: int, steps: int, spacing: str, convention: str = "ddim", steps_offset: int = 0
 ) -> np.ndarray:
@@ -179,6 +190,7 @@ def make_grid(
     stride: bool = False,
     mode: str = "parity",
     rho: float = 7.0,
+    data_std: float = 1.0,
 ) -> TimeGrid:
     """A grid by the name of its spacing.
 
@@ -188,7 +200,9 @@ def make_grid(
         "exponential" its other name, with the conventions diffusers has under that one. "beta":
         sigma/alpha at the quantiles of Beta(0.6, 0.6) (arXiv 2407.12173; needs SciPy).
         "ays_sd15", "ays_sdxl": those of "Align your steps" (arXiv 2404.14507); for other numbers
-        of steps than ten, lambda is interpolated.
+        of steps than ten, lambda is interpolated. "angle": the square root of
+        atan(sigma/(alpha data_std)) is uniform, to 1/(N + 10) but not below ``t_min``'s; what is
+        left is for the solver's last step. Times are fractional in both modes.
     final: "zero": the last step goes to the clean sample. "sigma_min": to the noise of ``t_min``.
     stride: step i goes to ``t_i - T//N`` instead of to the next evaluation (DDIM in diffusers).
     mode: in "parity", these four hand the model whole timesteps and, with
@@ -208,6 +222,9 @@ def make_grid(
         return _level_grid(schedule, steps, spacing, final, mode, rounded, rho)
     if spacing in AYS_TIMESTEPS:
         return _ays_grid(schedule, steps, spacing, final)
+    if spacing == "angle":
+        check_data_std(data_std)
+        return _angle_grid(schedule, steps, final, data_std)
     if not isinstance(schedule, DiscreteVP):
         if spacing != "linspace":
             raise TypeError(
@@ -281,6 +298,21 @@ def _ays_grid(schedule: NoiseSchedule, steps: int, spacing: str, final: str) -> 
     times = np.round(schedule.time_at(np.interp(places, np.arange(len(known)), known)))
     lambdas = schedule.lambda_at(times)
     return TimeGrid(spacing, times, lambdas, np.append(lambdas[1:], _end(schedule, final)), steps)
+
+
+def _angle_grid(schedule: NoiseSchedule, steps: int, final: str, data_std: float) -> TimeGrid:
+    most, least = (float(schedule.lambda_at(t)) for t in (schedule.t_max, schedule.t_min))
+    offset = math.log(data_std)  # sigma/(alpha data_std) = e^-(lambda + offset)
+    ends = [angle(most + offset), angle(least + offset)]
+    if final == "zero":
+        ends[1] = max(ends[1], 1.0 / (steps + 10))
+    ramp = np.linspace(0.0, 1.0, steps if final == "zero" else steps + 1)[:steps]
+    roots = np.sqrt(ends[0]) + ramp * (np.sqrt(ends[1]) - np.sqrt(ends[0]))
+    lambdas = -np.log(np.tan(roots**2)) - offset
+    lambdas[0] = most
+    lambdas = np.minimum(lambdas, least)
+    targets = np.append(lambdas[1:], _end(schedule, final))
+    return TimeGrid("angle", schedule.time_at(lambdas), lambdas, targets, steps)
 
 
 def _linear_in_sigma(schedule: DiscreteVP, times: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.best_linear import best_linear
 from fastdiff.solvers.consistency import lcm, lcm_grid
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
@@ -70,6 +71,8 @@ def _dpm(name: str, order: int, algorithm: str = "dpmsolver++") -> Solver:
     )
 
 
+# Grids that belong to their solver: a schedule's own spacing does not replace them.
+OWN_GRIDS = ("lcm", "angle")
 _LEVELS = ("final_sigmas_type", "zero")
 _ALPHA = "set_alpha_to_one"
 SOLVERS: dict[str, Solver] = {
@@ -95,6 +98,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("heun", heun, "linspace", "euler", final=_LEVELS),
         Solver("lms", lms, "linspace", "euler", final=_LEVELS),
         Solver("lcm", lcm, "lcm", "ddim"),
+        Solver("best_linear", best_linear, "angle", "dpm", final=_LEVELS),
     )
 }
 
@@ -127,7 +131,7 @@ def make_table(
     steps: the number of model evaluations; not used when ``grid`` says where they are.
     grid: None (the schedule's own spacing, or the solver's), the name of a spacing ("linspace",
         "leading", "trailing", "quadratic", "karras", "lambda", "exponential", "beta",
-        "ays_sd15", "ays_sdxl", "lcm"), a list of decreasing timesteps, or a TimeGrid.
+        "ays_sd15", "ays_sdxl", "angle", "lcm"), a list of decreasing timesteps, or a TimeGrid.
     prediction: what the model predicts: "eps", "v", "x0", "flow", "score" or "edm".
     mode: "parity" gives what diffusers gives, quirks included; "exact" the paper's mathematics.
     options: the solver's own (``Solver.options()`` lists them) and the grid's: ``steps_offset``,
@@ -157,11 +161,14 @@ def make_table(
     if isinstance(grid, TimeGrid):
         points = grid
     elif grid is None or isinstance(grid, str):
-        spacing = grid or (chosen.spacing if chosen.spacing == "lcm" else schedule.spacing)
+        spacing = grid or (chosen.spacing if chosen.spacing in OWN_GRIDS else schedule.spacing)
         spacing = spacing or chosen.spacing
         if steps is None:
             raise ValueError("steps must be given unless grid lists the times, got None")
-        points = _named_grid(chosen, schedule, steps, spacing, int(steps_offset), final, mode)
+        scale = options.get("data_std", 1.0)
+        points = _named_grid(
+            chosen, schedule, steps, spacing, int(steps_offset), final, mode, scale
+        )
     else:
         points = explicit_grid(schedule, grid, final=final)
     table = chosen(schedule, points, prediction=prediction, mode=mode, **options)
@@ -180,6 +187,7 @@ def _named_grid(
     steps_offset: int,
     final: str,
     mode: str,
+    data_std: float,
 ) -> TimeGrid:
     if spacing == "lcm":
         return lcm_grid(schedule, steps)
@@ -196,4 +204,5 @@ def _named_grid(
         final=final,
         stride=solver.stride and mode == "parity" and equal_strides,
         mode=mode,
+        data_std=data_std,
     )
