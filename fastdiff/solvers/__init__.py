@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fastdiff.solvers.adams import deis, lms, pndm
 from fastdiff.solvers.ancestral import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde
+from fastdiff.solvers.best_linear import best_linear
 from fastdiff.solvers.consistency import consistency, consistency_grid, lcm, lcm_grid, tcd
 from fastdiff.solvers.continuous import (
     ContinuousVP,
@@ -61,6 +62,7 @@ __all__ = [
     "TimeGrid",
     "Update",
     "annealed_langevin",
+    "best_linear",
     "cm",
     "consistency",
     "consistency_grid",

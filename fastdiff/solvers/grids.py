@@ -50,7 +50,7 @@ AYS_TIMESTEPS: dict[str, tuple[int, ...]] = {
 AYS_SIGMAS: dict[str, tuple[float, ...]] = {
     "ays_svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
-SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS, *AYS_TIMESTEPS, *AYS_SIGMAS)
+SPACINGS = (*TIME_SPACINGS, *LEVEL_SPACINGS, *AYS_TIMESTEPS, *AYS_SIGMAS, "angle")
 # The spacings whose timesteps are T//N apart, more or less.
 STRIDED = ("linspace", "leading", "trailing")
 CONVENTIONS = ("ddim", "dpm", "euler")
@@ -151,6 +151,17 @@ def check_steps(steps: int, most: int | None = None) -> None:
         )
 
 
+def check_data_std(data_std: float) -> None:
+    """ValueError unless ``data_std`` is a positive finite number."""
+    if not (isinstance(data_std, (int, float)) and math.isfinite(data_std) and data_std > 0):
+        raise ValueError(f"data_std must be positive and finite, got {data_std}")
+
+
+def angle(lam: float) -> float:
+    """atan(sigma/alpha) at lambda: pi/2 at -inf, pure noise, and 0 at inf, the clean sample."""
+    return math.atan2(1.0, math.exp(lam)) if lam < 700 else math.exp(-lam)
+
+
 def timesteps(
     num_timesteps: int, steps: int, spacing: str, convention: str = "ddim", steps_offset: int = 0
 ) -> np.ndarray:
@@ -190,6 +201,7 @@ def make_grid(
     stride: bool = False,
     mode: str = "parity",
     rho: float = 7.0,
+    data_std: float = 1.0,
 ) -> TimeGrid:
     """A grid by the name of its spacing.
 
@@ -202,6 +214,9 @@ def make_grid(
         "ays_sd15", "ays_sdxl": those of "Align your steps" (arXiv 2404.14507); for other numbers
         of steps than ten, lambda is interpolated. "ays_svd": sigma/alpha from 700 to 0.002 from the
         same paper, lambda interpolated (``edm(0.002, 700.0)`` is a schedule that has them).
+        "angle": the square root of
+        atan(sigma/(alpha data_std)) is uniform, to 1/(N + 10) but not below ``t_min``'s; what is
+        left is for the solver's last step. Times are fractional in both modes.
     final: "zero": the last step goes to the clean sample. "sigma_min": to the noise of ``t_min``.
     stride: step i goes to ``t_i - T//N`` instead of to the next evaluation (DDIM in diffusers).
     mode: in "parity", these four hand the model whole timesteps and, with
@@ -223,6 +238,9 @@ def make_grid(
         return _ays_grid(schedule, steps, spacing, final)
     if spacing in AYS_SIGMAS:
         return _ays_sigma_grid(schedule, steps, spacing, final)
+    if spacing == "angle":
+        check_data_std(data_std)
+        return _angle_grid(schedule, steps, final, data_std)
     if not isinstance(schedule, DiscreteVP):
         if spacing != "linspace":
             raise TypeError(
@@ -342,6 +360,21 @@ def _ays_sigma_grid(schedule: NoiseSchedule, steps: int, spacing: str, final: st
     if final == "zero":
         points[-1] = 0.0
     return sigma_grid(schedule, points, name=spacing)
+
+
+def _angle_grid(schedule: NoiseSchedule, steps: int, final: str, data_std: float) -> TimeGrid:
+    most, least = (float(schedule.lambda_at(t)) for t in (schedule.t_max, schedule.t_min))
+    offset = math.log(data_std)  # sigma/(alpha data_std) = e^-(lambda + offset)
+    ends = [angle(most + offset), angle(least + offset)]
+    if final == "zero":
+        ends[1] = max(ends[1], 1.0 / (steps + 10))
+    ramp = np.linspace(0.0, 1.0, steps if final == "zero" else steps + 1)[:steps]
+    roots = np.sqrt(ends[0]) + ramp * (np.sqrt(ends[1]) - np.sqrt(ends[0]))
+    lambdas = -np.log(np.tan(roots**2)) - offset
+    lambdas[0] = most
+    lambdas = np.minimum(lambdas, least)
+    targets = np.append(lambdas[1:], end_of(schedule, final))
+    return TimeGrid("angle", schedule.time_at(lambdas), lambdas, targets, steps)
 
 
 def _linear_in_sigma(schedule: DiscreteVP, times: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastdiff.solvers.adams import deis, lms, pndm
 from fastdiff.solvers.ancestral import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde
+from fastdiff.solvers.best_linear import best_linear
 from fastdiff.solvers.consistency import consistency, consistency_grid, lcm, lcm_grid, tcd
 from fastdiff.solvers.ddim import ddim, ddim_inverse
 from fastdiff.solvers.ddpm import ddpm
@@ -131,6 +132,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("consistency", consistency, "consistency", "ddim", own_spacing=True),
         Solver("pc", pc, "sde", "ddim", own_spacing=True),
         Solver("annealed_langevin", annealed_langevin, "lambda", "ddim", own_spacing=True),
+        Solver("best_linear", best_linear, "angle", "dpm", final=_LEVELS, own_spacing=True),
     )
 }
 
@@ -166,8 +168,8 @@ def make_table(
         docstrings); not used when ``grid`` says where they are.
     grid: None (the schedule's own spacing, or the solver's), the name of a spacing ("linspace",
         "leading", "trailing", "quadratic", "sgm_uniform", "karras", "lambda", "exponential",
-        "beta", "ays_sd15", "ays_sdxl", "ays_svd", and the solvers' own "lcm", "consistency",
-        "sde"), a list of decreasing timesteps, or a TimeGrid.
+        "beta", "ays_sd15", "ays_sdxl", "ays_svd", "angle", and the solvers' own "lcm",
+        "consistency", "sde"), a list of decreasing timesteps, or a TimeGrid.
     sigmas: instead of a grid, the values of sigma/alpha the run goes through, decreasing; the last
         is where it ends, 0 at the clean sample (:func:`sigma_grid`).
     prediction: what the model predicts: "eps", "v", "x0", "flow", "score" or "edm".
@@ -213,7 +215,10 @@ def make_table(
         spacing = grid or (None if chosen.own_spacing else schedule.spacing) or chosen.spacing
         if steps is None:
             raise ValueError("steps must be given unless grid or sigmas list them, got None")
-        points = _named_grid(chosen, schedule, steps, spacing, int(steps_offset), final, mode)
+        scale = options.get("data_std", 1.0)
+        points = _named_grid(
+            chosen, schedule, steps, spacing, int(steps_offset), final, mode, scale
+        )
     else:
         points = explicit_grid(schedule, grid, final=final)
     if strength != 1:
@@ -245,6 +250,7 @@ def _named_grid(
     steps_offset: int,
     final: str,
     mode: str,
+    data_std: float,
 ) -> TimeGrid:
     if spacing in OWN_GRIDS:
         return OWN_GRIDS[spacing](schedule, steps, final=final)
@@ -261,4 +267,5 @@ def _named_grid(
         final=final,
         stride=solver.stride and mode == "parity" and equal_strides,
         mode=mode,
+        data_std=data_std,
     )
