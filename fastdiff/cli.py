@@ -138,7 +138,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="'digits', a .safetensors file or a folder with one (default %(default)s)",
     )
     parser.add_argument(
-        "--solver", default="dpmpp_2m", help="name of the solver (default %(default)s)"
+        "--solver", default="best_linear", help="name of the solver (default %(default)s)"
     )
     parser.add_argument(
         "--steps", type=_integer(1, 1000), default=20, help="model evaluations (default 20)"

@@ -188,7 +188,7 @@ def evaluate(
     model: DiT,
     *,
     samples: int = SAMPLES,
-    solver: str = "dpmpp_2m",
+    solver: str = "best_linear",
     steps: int = 20,
     guidance_scale: float | None = None,
     seed: int = 0,

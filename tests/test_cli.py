@@ -54,9 +54,9 @@ def test_sample_writes_the_grid_with_its_settings(tmp_path: Path, model: str, ca
     assert pixels.shape == (4 + 16 + 4 * cell, 4 + 10 * cell)
     assert text["seed"] == "5"
     assert text["labels"] == "0,1,2,3,4,5,6,7,8,9"
-    assert (text["solver"], text["steps"], text["guidance_scale"]) == ("dpmpp_2m", "3", "1.5")
+    assert (text["solver"], text["steps"], text["guidance_scale"]) == ("best_linear", "3", "1.5")
     captured = capsys.readouterr()
-    assert captured.out == f"{out}: 40 images, dpmpp_2m in 3 steps, seed 5\n"
+    assert captured.out == f"{out}: 40 images, best_linear in 3 steps, seed 5\n"
     assert "3/3" in captured.err  # the progress bar
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 

@@ -85,3 +85,19 @@ def test_documents_name_files_that_exist():
         assert not [path for path in paths if not (ROOT / path).exists()]
         for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
             assert (ROOT / image).exists(), image
+
+
+def test_numbers_of_the_solver_page_are_what_the_command_prints():
+    from fastdiff.solvers import SOLVERS, plot
+
+    text = (ROOT / "docs" / "solvers.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| `\w+` +\| \d\.\d\de", line)]
+    assert len(rows) == len(plot.SOLVERS_SHOWN)
+    errors = plot.measure(evaluations=(5, 20))
+    for row in rows:
+        name, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
+        for cell, value in zip((cells[0], cells[4]), errors[name], strict=True):
+            assert float(cell) == pytest.approx(value, rel=0.02)
+    for name in SOLVERS:
+        if name not in ("dpmpp_1", "dpm_1"):
+            assert f"`{name.removesuffix('_sde')}" in text or f"`{name}`" in text, name

@@ -17,7 +17,7 @@ def sample_classes(
     model: DiT,
     labels: Sequence[int] | Tensor,
     *,
-    solver: str = "dpmpp_2m",
+    solver: str = "best_linear",
     steps: int = 20,
     guidance_scale: float | None = None,
     seed: int | Sequence[int] | None = 0,

@@ -38,7 +38,7 @@ def sample(
     x: Tensor | None = None,
     init: Tensor | None = None,
     strength: float = 1.0,
-    solver: str | SolverTable = "dpmpp_2m",
+    solver: str | SolverTable = "best_linear",
     steps: int = 20,
     schedule: str | NoiseSchedule | None = None,
     grid: Grid = None,

@@ -199,6 +199,11 @@ def consistency(
     rows: list[Row] = []
     draws = 0
     last = len(grid) - 1
+    if kind == "edm" and not math.isfinite(grid.lambdas[0]):
+        raise ValueError(
+            f"schedule must have some signal at the first step for an edm model, got alpha = 0 "
+            f"({schedule.name})"
+        )
     for step in steps_of(schedule, grid, kind):
         if kind == "edm":
             step = _bounded(step, least)

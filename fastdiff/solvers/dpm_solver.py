@@ -121,6 +121,11 @@ def dpm_multistep(
             "final_sigmas_type must be sigma_min for noise prediction "
             f"(algorithm_type {algorithm_type!r}), got zero"
         )
+    if not algorithm_type.endswith("++") and not math.isfinite(grid.lambdas[0]):
+        raise ValueError(
+            "schedule must have some signal at the first step for noise prediction "
+            f"(algorithm_type {algorithm_type!r}), got alpha = 0"
+        )
     if lower_order_final is None:
         lower_order_final = mode == "parity"
     wanted = "x0" if algorithm_type.endswith("++") else "eps"

@@ -347,8 +347,8 @@ def _ays_grid(schedule: NoiseSchedule, steps: int, spacing: str, final: str) -> 
 
 def _ays_sigma_grid(schedule: NoiseSchedule, steps: int, spacing: str, final: str) -> TimeGrid:
     known = AYS_SIGMAS[spacing]
-    ends = schedule.marginal(schedule.lambda_at(np.array([schedule.t_max, schedule.t_min])))
-    most, least = ends[1] / ends[0]
+    with np.errstate(over="ignore"):
+        most, least = np.exp(-schedule.lambda_at(np.array([schedule.t_max, schedule.t_min])))
     rounding = 1e-12
     if most < known[0] * (1 - rounding) or least > known[-1] * (1 + rounding):
         raise ValueError(

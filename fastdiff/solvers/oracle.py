@@ -62,9 +62,13 @@ class Oracle(ABC):
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The prediction at model input x [...] and time t (its first entry, in model units).
 
+        Times beyond the schedule's range are taken to be at its end.
+
         Computed in float32 for half-precision inputs, in x's dtype otherwise; returned in x's.
         """
-        time = float(t.reshape(-1)[0])
+        schedule = self.schedule
+        # Rounded to t's dtype, a time at an end may lie beyond it.
+        time = min(max(float(t.reshape(-1)[0]), schedule.t_min), schedule.t_max)
         alpha, sigma = map(float, self.schedule.marginal(self.schedule.lambda_at(time)))
         return self.at(x / input_scale(self.prediction, alpha, sigma), alpha, sigma)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -12,7 +11,8 @@ import torch
 import fastdiff
 from fastdiff import solvers
 from fastdiff.solvers.best_linear import best_step
-from fastdiff.solvers.oracle import GaussianMixture
+from fastdiff.solvers.oracle import AnisotropicGaussian, GaussianMixture
+from fastdiff.solvers.plot import ORACLES, error_of, initial
 
 EVALUATIONS = (5, 8, 10, 15, 20)
 
@@ -73,3 +73,85 @@ def _exact(model, table):
     """The model at the level of the row whose time it is given: times are rounded to float64."""
     levels = {row.time: row.level for row in table.rows}
     return lambda x, t: model.at(x, *levels[float(t.reshape(-1)[0])])
+
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+GRIDS = [
+    {"timestep_spacing": "linspace"},
+    {"timestep_spacing": "leading", "steps_offset": 1},
+    {"timestep_spacing": "trailing"},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+]
+KINDS = [
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun"}),
+    ("UniPCMultistepScheduler", {}),
+    ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("DEISMultistepScheduler", {}),
+    ("DEISMultistepScheduler", {"solver_order": 3}),
+    ("LMSDiscreteScheduler", {}),
+]
+LAMBDA = {"use_lu_lambdas": True}
+REFERENCES = [
+    *[(name, {**own, **grid}) for name, own in KINDS for grid in GRIDS],
+    *[("DPMSolverSinglestepScheduler", grid) for grid in ({}, *GRIDS[3:])],
+    ("DPMSolverMultistepScheduler", LAMBDA),
+    ("DPMSolverMultistepScheduler", {**LAMBDA, "solver_order": 3}),
+    ("DDIMScheduler", {"clip_sample": False}),
+]
+
+
+def _reference_error(name, config, count, model, x, truth):
+    import diffusers
+
+    scheduler = getattr(diffusers, name)(**SD, **config)
+    try:
+        scheduler.set_timesteps(count)
+        state = x.float() * float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(state, t).double()
+            state = scheduler.step(model(seen, t.double()).float(), t, state).prev_sample
+    except IndexError:  # repeated timesteps of the beta grid
+        return math.inf
+    return (state.double() - truth).pow(2).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.filterwarnings("ignore")
+def test_no_reference_is_closer_at_few_evaluations(name):
+    """The default solver's bar: the best of diffusers' solvers on the best of its grids."""
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.utils.logging.set_verbosity_error()
+    model = ORACLES[name]("scaled_linear", "eps")
+    x, truth = initial(model, elements=512)
+    for count in EVALUATIONS:
+        table = solvers.make_table("best_linear", "scaled_linear", count)
+        mine = error_of(table, model, x, truth)
+        others = [_reference_error(*reference, count, model, x, truth) for reference in REFERENCES]
+        assert mine <= min(others), REFERENCES[others.index(min(others))]
+
+
+def test_it_is_what_sample_uses():
+    model = GaussianMixture("scaled_linear", "eps")
+    common = {"shape": (2, 8), "schedule": "scaled_linear", "steps": 6, "seed": 0}
+    expected = fastdiff.sample(model, solver="best_linear", **common)
+    assert torch.equal(fastdiff.sample(model, **common), expected)
+
+
+@pytest.mark.parametrize("data_std", [0.0, -1.0, math.nan, "1"])
+def test_bad_deviations_are_refused(data_std):
+    with pytest.raises(ValueError, match="data_std must be positive"):
+        solvers.make_table("best_linear", "linear", 5, data_std=data_std)
+
+
+def test_data_of_another_scale_wants_its_deviation():
+    model = AnisotropicGaussian("edm", "x0", covariance=0.01 * np.eye(8))
+    x, truth = initial(model)
+    errors = [
+        error_of(solvers.make_table("best_linear", "edm", 8, prediction="x0", **o), model, x, truth)
+        for o in ({}, {"data_std": 0.1})
+    ]
+    assert errors[1] < errors[0]
