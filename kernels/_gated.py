@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastdiff.kernels._common import activate, arch_of
 
 # --- launch policy --------------------------------------------------------------------------------
 
@@ -50,26 +51,6 @@ def select(rows: int, H: int, dtype: torch.dtype, arch: int) -> Launch:
     while block_h < MAX_BLOCK_H and triton.cdiv(H, 2 * block_h) * 2 * block_h * 7 <= H * 8:
         block_h *= 2
     return Launch(TILE // block_h, block_h)
-
-
-# --- device helpers -------------------------------------------------------------------------------
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """x in fp32 through "gelu", "gelu_tanh", "silu" or "none".
-
-    The tanh form is x / (1 + exp(-2u)): (1 + tanh u) / 2 without its cancellation, and 0 or x where
-    the exponential is inf or 0.
-    """
-    if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        u2 = x * (1.5957691216057308 + 0.07135481282956504 * x * x)
-        x = x / (1.0 + tl.exp(-u2))
-    elif ACTIVATION == "silu":
-        x = x / (1.0 + tl.exp(-x))
-    return x
 
 
 # --- kernel ---------------------------------------------------------------------------------------
@@ -114,11 +95,7 @@ def launch(
     """Writes `out`. rows: outer, inner, outer_stride, inner_stride of x; not empty."""
     outer, inner, outer_stride, inner_stride = rows
     H = out.shape[-1]
-    arch = 0
-    if x.is_cuda:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        arch = major * 10 + minor
-    plan = select(outer * inner, H, x.dtype, arch)
+    plan = select(outer * inner, H, x.dtype, arch_of(x))
     programs = outer * triton.cdiv(inner, plan.block_m) * triton.cdiv(H, plan.block_h)
     with torch.cuda.device_of(x):
         _gated_kernel[(programs,)](

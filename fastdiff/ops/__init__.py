@@ -7,11 +7,35 @@ from fastdiff.ops.geglu import OP as _GEGLU
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.group_norm_silu import OP as _GROUP_NORM_SILU
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.linear_gate import OP as _LINEAR_GATE
+from fastdiff.ops.linear_gate import linear_gate
 from fastdiff.ops.solver_step import OP as _SOLVER_STEP
 from fastdiff.ops.solver_step import solver_step
 from fastdiff.ops.swiglu import OP as _SWIGLU
 from fastdiff.ops.swiglu import swiglu
+from fastdiff.ops.timestep_embedding import OP as _TIMESTEP_EMBEDDING
+from fastdiff.ops.timestep_embedding import timestep_embedding
+from fastdiff.ops.timestep_mlp import OP as _TIMESTEP_MLP
+from fastdiff.ops.timestep_mlp import timestep_mlp
 
-OPS: tuple[Op, ...] = (_GROUP_NORM_SILU, _SOLVER_STEP, _GEGLU, _SWIGLU)
+OPS: tuple[Op, ...] = (
+    _GROUP_NORM_SILU,
+    _SOLVER_STEP,
+    _GEGLU,
+    _SWIGLU,
+    _TIMESTEP_EMBEDDING,
+    _LINEAR_GATE,
+    _TIMESTEP_MLP,
+)
 
-__all__ = ["OPS", "Op", "geglu", "group_norm_silu", "solver_step", "swiglu"]
+__all__ = [
+    "OPS",
+    "Op",
+    "geglu",
+    "group_norm_silu",
+    "linear_gate",
+    "solver_step",
+    "swiglu",
+    "timestep_embedding",
+    "timestep_mlp",
+]

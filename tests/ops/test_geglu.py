@@ -97,7 +97,7 @@ import torch
 from fastdiff.ops import geglu
 
 stride = 2**30 + 8  # itself an int32; twice it is not
-storage = torch.empty(2 * stride + 128, dtype=torch.bfloat16)  # pages that nobody touches cost nothing
+storage = torch.empty(2 * stride + 128, dtype=torch.bfloat16)  # untouched pages cost nothing
 x = storage.as_strided((3, 128), (stride, 1))
 x.copy_(torch.randn(3, 128))
 near = geglu(x.clone(), impl=sys.argv[1])
