@@ -91,6 +91,19 @@ def select(
 
 
 @triton.jit
+def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The rows and columns of program `pid`, GROUP_M blocks of rows at a time."""
+    columns = tl.cdiv(N, BLOCK_N)
+    blocks = tl.cdiv(M, BLOCK_M)
+    group = pid // (GROUP_M * columns)
+    height = tl.minimum(blocks - group * GROUP_M, GROUP_M)
+    inside = pid % (GROUP_M * columns)
+    m = (group * GROUP_M + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (inside // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return m, n
+
+
+@triton.jit
 def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr,
     M, N, K, inner, outer_stride, inner_stride, weight_stride,
@@ -99,14 +112,7 @@ def _linear_kernel(
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    columns = tl.cdiv(N, BLOCK_N)
-    blocks = tl.cdiv(M, BLOCK_M)
-    group = pid // (GROUP_M * columns)
-    height = tl.minimum(blocks - group * GROUP_M, GROUP_M)
-    inside = pid % (GROUP_M * columns)
-    m = (group * GROUP_M + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (inside // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
 
     # Rows past the end read the last one: no masks in the loop, and nothing of them is stored.
@@ -192,8 +198,8 @@ def launch(
 
 # --- ahead of time --------------------------------------------------------------------------------
 
-# One shape for every tile (M, columns of the product), and which architectures share a plan: what differs between them is
-# the shared memory.
+# One shape for every tile (M, columns of the product), and which architectures share a plan: what
+# differs between them is the shared memory.
 SHAPES = ((8192, 8192), (1024, 1024), (576, 1024), (50, 512))
 FAMILIES = {80: (80,), 89: (89,), 90: (90, 100)}
 

@@ -9,6 +9,8 @@ from fastdiff.ops.group_norm_silu import OP as _GROUP_NORM_SILU
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.linear_gate import OP as _LINEAR_GATE
 from fastdiff.ops.linear_gate import linear_gate
+from fastdiff.ops.linear_quantized import OP as _LINEAR_QUANTIZED
+from fastdiff.ops.linear_quantized import linear_quantized, quantize_weight
 from fastdiff.ops.solver_step import OP as _SOLVER_STEP
 from fastdiff.ops.solver_step import solver_step
 from fastdiff.ops.swiglu import OP as _SWIGLU
@@ -26,6 +28,7 @@ OPS: tuple[Op, ...] = (
     _TIMESTEP_EMBEDDING,
     _LINEAR_GATE,
     _TIMESTEP_MLP,
+    _LINEAR_QUANTIZED,
 )
 
 __all__ = [
@@ -34,6 +37,8 @@ __all__ = [
     "geglu",
     "group_norm_silu",
     "linear_gate",
+    "linear_quantized",
+    "quantize_weight",
     "solver_step",
     "swiglu",
     "timestep_embedding",
