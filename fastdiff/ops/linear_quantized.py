@@ -117,10 +117,15 @@ def _triton_supports(x: Tensor, weight_q: Tensor, scale: Tensor, bias: Tensor | 
         return reason
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernel takes float16 and bfloat16"
-    if rows_of(x) is None:
+    rows = rows_of(x)
+    if rows is None:
         return f"x has strides {x.stride()}: rows must be contiguous and lie at two strides"
     if weight_q.shape[1] % 16 or weight_q.stride(1) != 1:
         return f"weight_q is {tuple(weight_q.shape)}: rows must be contiguous, K a multiple of 16"
+    # Tiles of any of these are copied 16 bytes at a time.
+    starts = (rows.outer_stride, rows.inner_stride, weight_q.stride(0), weight_q.storage_offset())
+    if any(start % 16 for start in starts) or x.storage_offset() % 8:
+        return f"rows of x or weight_q start between multiples of 16 values: {x.stride()}"
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is not None and vector.shape[0] > 1 and vector.stride(0) != 1:
             return f"{name} has stride {vector.stride(0)}: it must be contiguous"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 from unittest import mock
 
@@ -95,6 +96,16 @@ def test_fp8_is_refused_on_ampere() -> None:
         assert OP.why_not("triton", pretend, W, S) == ""
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 9)):
         assert OP.why_not("triton", pretend, weight_q, S) == ""
+
+
+def test_rows_that_start_anywhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fastdiff.ops.linear_quantized")
+    monkeypatch.setattr(module, "why_not_triton", lambda x, least: "")
+    whole = torch.zeros(4, 40, dtype=torch.bfloat16)
+    assert OP.why_not("triton", whole[:, :16].contiguous(), W, S) == ""
+    for view in (whole[:, :16], whole.view(-1)[1:65].view(4, 16)):
+        assert "start between multiples of 16" in OP.why_not("triton", view, W, S)
+    assert "K a multiple of 16" in OP.why_not("triton", whole[:, :8].contiguous(), W[:, :8], S)
 
 
 def test_launch_policy_covers_every_shape() -> None:
