@@ -6,6 +6,7 @@
 
 namespace py = pybind11;
 
+void bind_gated(py::module_& module);
 void bind_group_norm_silu(py::module_& module);
 void bind_solver(py::module_& module);
 
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("with_cuda") = false;
 #endif
+  bind_gated(module);
   bind_group_norm_silu(module);
   bind_solver(module);
 }

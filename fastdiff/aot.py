@@ -124,7 +124,12 @@ def main(argv: list[str] | None = None) -> int:
             if key not in seen:
                 seen.add(key)
                 indices.append(index)
-    jobs = [(index, arch) for index in indices for arch in architectures]
+    jobs = [
+        (index, arch)
+        for index in indices
+        for arch in architectures
+        if arch in (configs[index].architectures or ARCHITECTURES)
+    ]
     bad = 0
     width = max(len(config.label) for config in configs)
     print(f"{'configuration':<{width}}  arch   registers  spilled B  shared B")

@@ -61,6 +61,7 @@ def test_every_op_with_a_kernel_is_checked() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPS if op.aot is not None], ids=lambda op: op.name)
 def test_first_configurations_do_not_spill(op) -> None:
-    for config in list(op.aot())[:4]:
+    configs = [config for config in op.aot() if 90 in (config.architectures or (90,))]
+    for config in configs[:4]:
         outcome = aot.compile_config(config, 90)
         assert not outcome.bad, outcome

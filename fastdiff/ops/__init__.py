@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 from fastdiff.ops._contract import Op
+from fastdiff.ops.geglu import OP as _GEGLU
+from fastdiff.ops.geglu import geglu
 from fastdiff.ops.group_norm_silu import OP as _GROUP_NORM_SILU
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.linear_gate import OP as _LINEAR_GATE
+from fastdiff.ops.linear_gate import linear_gate
+from fastdiff.ops.linear_quantized import OP as _LINEAR_QUANTIZED
+from fastdiff.ops.linear_quantized import linear_quantized, quantize_weight
 from fastdiff.ops.solver_step import OP as _SOLVER_STEP
 from fastdiff.ops.solver_step import solver_step
+from fastdiff.ops.swiglu import OP as _SWIGLU
+from fastdiff.ops.swiglu import swiglu
+from fastdiff.ops.timestep_embedding import OP as _TIMESTEP_EMBEDDING
+from fastdiff.ops.timestep_embedding import timestep_embedding
+from fastdiff.ops.timestep_mlp import OP as _TIMESTEP_MLP
+from fastdiff.ops.timestep_mlp import timestep_mlp
 
-OPS: tuple[Op, ...] = (_GROUP_NORM_SILU, _SOLVER_STEP)
+OPS: tuple[Op, ...] = (
+    _GROUP_NORM_SILU,
+    _SOLVER_STEP,
+    _GEGLU,
+    _SWIGLU,
+    _TIMESTEP_EMBEDDING,
+    _LINEAR_GATE,
+    _TIMESTEP_MLP,
+    _LINEAR_QUANTIZED,
+)
 
-__all__ = ["OPS", "Op", "group_norm_silu", "solver_step"]
+__all__ = [
+    "OPS",
+    "Op",
+    "geglu",
+    "group_norm_silu",
+    "linear_gate",
+    "linear_quantized",
+    "quantize_weight",
+    "solver_step",
+    "swiglu",
+    "timestep_embedding",
+    "timestep_mlp",
+]

@@ -84,6 +84,7 @@ class AotConfig:
     """One kernel specialisation to compile ahead of time, in the terms of ``triton.compile``.
 
     multiples_of_16: the integer arguments compiled as such; wide loads need them.
+    architectures: those on which it is launched, as sm_XY; () for all.
     """
 
     kernel: Any
@@ -92,6 +93,7 @@ class AotConfig:
     options: dict[str, Any]
     label: str
     multiples_of_16: tuple[str, ...] = ()
+    architectures: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
