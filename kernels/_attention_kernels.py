@@ -1,7 +1,7 @@
 """Device code of the attention op; formula, layouts and limits are in attention.py.
 
 A head dimension is two pieces, D0 and D1 columns (D1 = 0: one piece), both powers of two. Strides
-count units of ALIGN elements, so that the compiler sees aligned rows whatever their number of heads;
+count units of ALIGN elements, so that the compiler sees aligned rows for every number of heads;
 sizes are not specialised: one binary serves every length.
 """
 
@@ -49,6 +49,24 @@ def _load_piece(
 
 
 @triton.jit
+def _to(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x (fp32) in dtype, rounded to nearest: the interpreter cuts bf16 off, so it rounds before."""
+    if PRECISION == "interpret" and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b; the interpreter, which multiplies bf16 as integers, gets fp32."""
+    if PRECISION == "interpret":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _store_piece(
     pointer, value, row, count, stride,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
@@ -56,7 +74,7 @@ def _store_piece(
     column = FIRST + tl.arange(0, WIDTH)
     mask = (row < count)[:, None] & (column < HEAD_DIM)[None, :]
     offsets = row[:, None] * stride + column[None, :]
-    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer + offsets, value, mask=mask)
 
 
 @triton.jit
@@ -78,12 +96,8 @@ def _rotate(
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """x * cos + (-x[1], x[0], -x[3], x[2], ...) * sin; rows from rope_rows on stay as they are."""
-    cos = _load_piece(
-        cos_ptr, row, rope_rows, cos_stride, 1.0, HEAD_DIM, FIRST, WIDTH, True
-    )
-    sin = _load_piece(
-        sin_ptr, row, rope_rows, sin_stride, 0.0, HEAD_DIM, FIRST, WIDTH, True
-    )
+    cos = _load_piece(cos_ptr, row, rope_rows, cos_stride, 1.0, HEAD_DIM, FIRST, WIDTH, True)
+    sin = _load_piece(sin_ptr, row, rope_rows, sin_stride, 0.0, HEAD_DIM, FIRST, WIDTH, True)
     even, odd = tl.split(tl.reshape(x, (x.shape[0], WIDTH // 2, 2)))
     turned = tl.reshape(tl.join(-odd, even), (x.shape[0], WIDTH))
     return x * cos.to(tl.float32) + turned * sin.to(tl.float32)
@@ -95,7 +109,7 @@ def _ready(
     row, count, stride, cos_stride, sin_stride, rope_rows,
     eps,
     NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The two pieces of rows of q or k, normalised and rotated in fp32, in the tensor's dtype."""
     x0 = _load_piece(pointer, row, count, stride, 0.0, HEAD_DIM, 0, D0, True)
@@ -133,23 +147,14 @@ def _ready(
                 x1 = _rotate(
                     x1, cos_ptr, sin_ptr, cos_stride, sin_stride, row, rope_rows, HEAD_DIM, D0, D1
                 )
-        x0 = x0.to(pointer.dtype.element_ty)
-        x1 = x1.to(pointer.dtype.element_ty)
+        x0 = _to(x0, pointer.dtype.element_ty, PRECISION)
+        x1 = _to(x1, pointer.dtype.element_ty, PRECISION)
     return x0, x1
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b; PRECISION "wide" is for the interpreter, which multiplies bf16 as integers."""
-    if PRECISION == "wide":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _key_block(
-    acc0, acc1, m, l, q0, q1,
+    acc0, acc1, m, total, q0, q1,
     k_ptr, v_ptr, mask_ptr,  # of one image and head
     k_stride, v_stride, n, stop, factor,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -181,19 +186,19 @@ def _key_block(
     # thousands where logits reach 1e10.
     shrink = tl.exp2((m - base) * factor)
     p = tl.exp2((s - base[:, None]) * factor)
-    l = l * shrink + tl.sum(p, 1)
+    total = total * shrink + tl.sum(p, 1)
     v0 = _load_piece(v_ptr, row, count, v_stride, 0.0, HEAD_DIM, 0, D0, CHECK)
-    p = p.to(v0.dtype)
+    p = _to(p, v0.dtype, PRECISION)
     acc0 = _dot(p, v0, acc0 * shrink[:, None], PRECISION)
     if D1 > 0:
         v1 = _load_piece(v_ptr, row, count, v_stride, 0.0, HEAD_DIM, D0, D1, CHECK)
         acc1 = _dot(p, v1, acc1 * shrink[:, None], PRECISION)
-    return acc0, acc1, highest, l
+    return acc0, acc1, highest, total
 
 
 @triton.jit
 def _key_segment(
-    acc0, acc1, m, l, q0, q1,
+    acc0, acc1, m, total, q0, q1,
     k_ptr, v_ptr, mask_ptr,  # of one image and head
     k_stride, v_stride, first, stop, factor,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -203,23 +208,23 @@ def _key_segment(
     stop = tl.maximum(first, stop)
     if HAS_MASK:
         for n in tl.range(first, stop, BLOCK_N, num_stages=STAGES):
-            acc0, acc1, m, l = _key_block(
-                acc0, acc1, m, l, q0, q1, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, n, stop,
+            acc0, acc1, m, total = _key_block(
+                acc0, acc1, m, total, q0, q1, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, n, stop,
                 factor, HEAD_DIM, D0, D1, BLOCK_N, True, True, PRECISION,
             )  # fmt: skip
     else:
         whole = first + (stop - first) // BLOCK_N * BLOCK_N
         for n in tl.range(first, whole, BLOCK_N, num_stages=STAGES):
-            acc0, acc1, m, l = _key_block(
-                acc0, acc1, m, l, q0, q1, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, n, stop,
+            acc0, acc1, m, total = _key_block(
+                acc0, acc1, m, total, q0, q1, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, n, stop,
                 factor, HEAD_DIM, D0, D1, BLOCK_N, False, False, PRECISION,
             )  # fmt: skip
         for n in tl.range(whole, stop, BLOCK_N, num_stages=1):
-            acc0, acc1, m, l = _key_block(
-                acc0, acc1, m, l, q0, q1, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, n, stop,
+            acc0, acc1, m, total = _key_block(
+                acc0, acc1, m, total, q0, q1, k_ptr, v_ptr, mask_ptr, k_stride, v_stride, n, stop,
                 factor, HEAD_DIM, D0, D1, BLOCK_N, True, False, PRECISION,
             )  # fmt: skip
-    return acc0, acc1, m, l
+    return acc0, acc1, m, total
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -292,11 +297,11 @@ def attention_kernel(
         q_ptr + (q_start + start * q_stride) * _ALIGN, weight_ptr,
         cos_ptr + start * cos_stride * _ALIGN, sin_ptr + start * sin_stride * _ALIGN,
         row, count, q_stride * _ALIGN, cos_stride * _ALIGN, sin_stride * _ALIGN, rotated - first,
-        eps, NORM, HAS_WEIGHT, ROPE, HEAD_DIM, D0, D1,
+        eps, NORM, HAS_WEIGHT, ROPE, HEAD_DIM, D0, D1, PRECISION,
     )  # fmt: skip
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = acc0
     if D1 > 0:
@@ -327,16 +332,16 @@ def attention_kernel(
         extra_first = tl.maximum(from_block - key_blocks, 0) * BLOCK_N
         extra_stop = tl.minimum((to_block - key_blocks) * BLOCK_N, extra_keys)
     mask_ptr += b * mask_stride
-    acc0, acc1, m, l = _key_segment(
-        acc0, acc1, m, l, q0, q1,
+    acc0, acc1, m, total = _key_segment(
+        acc0, acc1, m, total, q0, q1,
         k_ptr + (b * k_stride_b + h * k_stride_h) * _ALIGN,
         v_ptr + (b * v_stride_b + h * v_stride_h) * _ALIGN,
         mask_ptr, k_stride_s * _ALIGN, v_stride_s * _ALIGN, key_first, key_stop, factor,
         HEAD_DIM, D0, D1, BLOCK_N, HAS_MASK, PRECISION, STAGES,
     )  # fmt: skip
     if HAS_EXTRA_K:
-        acc0, acc1, m, l = _key_segment(
-            acc0, acc1, m, l, q0, q1,
+        acc0, acc1, m, total = _key_segment(
+            acc0, acc1, m, total, q0, q1,
             extra_k_ptr + (b * extra_k_stride_b + h * extra_k_stride_h) * _ALIGN,
             extra_v_ptr + (b * extra_v_stride_b + h * extra_v_stride_h) * _ALIGN,
             mask_ptr + Sk, extra_k_stride_s * _ALIGN, extra_v_stride_s * _ALIGN,
@@ -344,13 +349,13 @@ def attention_kernel(
             HEAD_DIM, D0, D1, BLOCK_N, HAS_MASK, PRECISION, STAGES,
         )  # fmt: skip
 
-    inverse = 1.0 / tl.where(l == 0.0, 1.0, l)  # a row without keys gives 0
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row without keys gives 0
     acc0 *= inverse[:, None]
     if D1 > 0:
         acc1 *= inverse[:, None]
     at = ((split * (tl.num_programs(0) // blocks // splits) + bh).to(tl.int64)) * (Sq + extra_Sq)
     if HAS_LSE:
-        lse = tl.where(l == 0.0, float("-inf"), m * scale + tl.log(l))
+        lse = tl.where(total == 0.0, float("-inf"), m * scale + tl.log(total))
         tl.store(lse_ptr + at + offset + row, lse, mask=row < count)
     if SPLIT:
         out_ptr = part_ptr + (at + offset) * HEAD_DIM
@@ -358,6 +363,9 @@ def attention_kernel(
     else:
         out_stride = H * HEAD_DIM
         out_ptr += ((b * rows + first) * H + h) * HEAD_DIM
+    if not SPLIT:
+        acc0 = _to(acc0, q_ptr.dtype.element_ty, PRECISION)
+        acc1 = _to(acc1, q_ptr.dtype.element_ty, PRECISION)
     _store_piece(out_ptr, acc0, row, count, out_stride, HEAD_DIM, 0, D0)
     if D1 > 0:
         _store_piece(out_ptr, acc1, row, count, out_stride, HEAD_DIM, D0, D1)
@@ -372,6 +380,7 @@ def combine_kernel(
     H, Sq, extra_Sq, splits,
     HAS_EXTRA_Q: tl.constexpr, HAS_LSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The splits of BLOCK_M queries of one image and head, weighed by their log-sum-exp."""
     pid = tl.program_id(0)
@@ -386,7 +395,7 @@ def combine_kernel(
     present = row < rows
     mask = present[:, None] & (column < HEAD_DIM)[None, :]
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(splits):
         at = (tl.full([], split, tl.int64) * images_heads + bh) * rows
@@ -398,14 +407,14 @@ def combine_kernel(
         shrink = tl.exp(m - base)
         weight = tl.exp(lse - base)
         acc = acc * shrink[:, None] + part * weight[:, None]
-        l = l * shrink + weight
+        total = total * shrink + weight
         m = highest
-    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if HAS_LSE:
-        lse = tl.where(l == 0.0, float("-inf"), m + tl.log(l))
+        lse = tl.where(total == 0.0, float("-inf"), m + tl.log(total))
         tl.store(lse_ptr + bh.to(tl.int64) * rows + row, lse, mask=present)
     wide = row.to(tl.int64)
-    value = acc.to(out_ptr.dtype.element_ty)
+    value = _to(acc, out_ptr.dtype.element_ty, PRECISION)
     offsets = ((b * Sq + wide) * H + h)[:, None] * HEAD_DIM + column[None, :]
     tl.store(out_ptr + offsets, value, mask=mask & (row < Sq)[:, None])
     if HAS_EXTRA_Q:
@@ -426,6 +435,7 @@ def prepare_kernel(
     eps,
     NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROPE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys of one image and head, normalised and rotated."""
     pid = tl.program_id(0)
@@ -439,7 +449,7 @@ def prepare_kernel(
         k_ptr + (b * k_stride_b + h * k_stride_h + start * k_stride_s) * _ALIGN, weight_ptr,
         cos_ptr + start * cos_stride * _ALIGN, sin_ptr + start * sin_stride * _ALIGN,
         row, Sk - first, k_stride_s * _ALIGN, cos_stride * _ALIGN, sin_stride * _ALIGN,
-        rope_rows - first, eps, NORM, HAS_WEIGHT, ROPE, HEAD_DIM, D0, D1,
+        rope_rows - first, eps, NORM, HAS_WEIGHT, ROPE, HEAD_DIM, D0, D1, PRECISION,
     )  # fmt: skip
     out_ptr += ((b * Sk + start) * H + h) * HEAD_DIM
     _store_piece(out_ptr, k0, row, Sk - first, H * HEAD_DIM, HEAD_DIM, 0, D0)

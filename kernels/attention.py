@@ -22,8 +22,8 @@ Exact fit: a head dimension is two power-of-two pieces (40 = 32 + 16, of which 8
 80 = 64 + 16; 96 = 64 + 32; 160 = 128 + 32), with a product and an accumulator each, instead of the
 next power of two.
 
-fp32 scores, softmax and accumulators; probabilities are rounded to v's dtype for the second product,
-as the tensor cores take them. fp32 inputs multiply as three TF32 products (tf32x3).
+fp32 scores, softmax and accumulators; probabilities are rounded to v's dtype for the second
+product, as the tensor cores take them. fp32 inputs multiply as three TF32 products (tf32x3).
 
 Limits: D from 8 to 256 in steps of 8; a row stride below 2^24 elements; S, B*H and the number of
 programs below 2^31. Images, heads and first rows are int64 offsets; those inside a tile are int32.
@@ -32,12 +32,11 @@ programs below 2^31. Images, heads and first rows are int64 offsets; those insid
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
-
 from fastdiff.kernels._attention_kernels import (
     ALIGN,
     attention_kernel,
@@ -55,7 +54,8 @@ class Launch:
     """How one shape is launched.
 
     d0, d1: the pieces of the head dimension. block_m queries meet block_n keys at a time. stages:
-    key blocks in flight. splits: parts of the keys, combined by a second kernel; 1 for none.
+    key blocks in flight. prepare_q: whether norm and rotation of the queries have a pass of their
+    own, like those of the keys. splits: parts of the keys, combined by a second kernel; 1 for none.
     """
 
     d0: int
@@ -64,14 +64,16 @@ class Launch:
     block_n: int
     num_warps: int
     stages: int
+    prepare_q: bool
     splits: int = 1
 
 
 MIN_PIECE = 16  # the tensor cores' smallest side
-MAX_HEAD_DIM = 256
 SMS = {80: 108, 89: 128, 90: 132, 100: 148}  # of the largest GPU of the kind
 MAX_SPLITS = 32  # the combining kernel reads them one after the other
 MIN_SPLIT_BLOCKS = 4  # key blocks per split: fewer cost more to combine than they win
+MAX_READY_WIDTH = 128  # wider queries, in fp32 beside their tables, do not fit the registers
+FEW = 16  # queries that fill one row of tensor-core tiles
 COMBINE_BLOCK_M = 16
 PREPARE_BLOCK_N = 32
 
@@ -86,53 +88,57 @@ def pieces(head_dim: int) -> tuple[int, int]:
     return (first, second) if first + second < whole else (whole, 0)
 
 
-def _kind(arch: int) -> int:
-    """The newest known architecture that is not newer than arch; 80 in the interpreter."""
-    known = [kind for kind in SMS if kind <= arch]
-    return max(known) if known else 80
-
-
 def select(B: int, H: int, Sq: int, Sk: int, D: int, dtype: torch.dtype, arch: int) -> Launch:
     """The launch for a shape; Sq and Sk count both segments. Pure: needs no GPU.
 
-    arch is 80, 89, 90, 100 or what lies between, which takes the one below.
+    arch is 80, 89, 90, 100 or what lies between, which takes the one below; 0 for the interpreter.
     """
-    arch = _kind(arch)
+    arch = max((kind for kind in SMS if kind <= arch), default=80)
     d0, d1 = pieces(D)
-    block_m, block_n, warps, stages = _tile(d0 + d1, Sq, dtype, arch)
-    programs = B * H * triton.cdiv(Sq, block_m)
-    splits = min(
-        MAX_SPLITS,
-        SMS[arch] // max(1, programs),
-        triton.cdiv(Sk, block_n) // MIN_SPLIT_BLOCKS,
-    )
-    return Launch(d0, d1, block_m, block_n, warps, stages, max(1, splits))
+    wide = B * H * triton.cdiv(Sq, 128) >= SMS[arch]  # 128 queries a program fill the GPU
+    rows = FEW if Sq <= FEW else (128 if wide and Sq > 64 else 64)
+    block_m, block_n, warps, stages = tile(d0 + d1, rows, dtype, arch)
+    programs = max(1, B * H * triton.cdiv(Sq, block_m))
+    most = triton.cdiv(Sk, block_n) // MIN_SPLIT_BLOCKS
+    splits = max(1, min(MAX_SPLITS, SMS[arch] // programs, most))
+    prepare_q = d0 + d1 > MAX_READY_WIDTH or dtype == torch.float32
+    return Launch(d0, d1, block_m, block_n, warps, stages, prepare_q, splits)
 
 
-def _tile(width: int, Sq: int, dtype: torch.dtype, arch: int) -> tuple[int, int, int, int]:
-    """(block_m, block_n, warps, stages) for pieces of `width` columns together."""
+def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int, int, int]:
+    """(block_m, block_n, warps, stages) for about `rows` (16, 64 or 128) queries and pieces of
+    `width` columns together: the largest that spill no register (`python -m fastdiff.aot`)."""
     if dtype == torch.float32:
-        # Three TF32 products keep both operands' halves in registers: the tile that fits.
-        return (16 if Sq <= 16 else 64), (32 if width <= 128 else 16), 4, (2 if width <= 128 else 1)
-    if Sq <= 16:
-        # One row of tensor-core tiles: more would multiply zeros. Bound by loading the keys.
-        return 16, (64 if width <= 128 else 32), 4, 2
+        return _tile_fp32(width, rows)
+    if rows == FEW:  # more rows would multiply zeros; bound by loading the keys
+        return FEW, (64 if width <= 128 else 32), 4, 2
     if arch >= 90:
-        # A warpgroup multiplies 64 rows at a time; two of them share the keys in shared memory.
-        if Sq <= 64:
-            return 64, 64, 4, 2
+        # A warpgroup multiplies 64 rows at a time; with 128, two of them share each key block.
+        if rows == 64:
+            return 64, (64 if width <= 128 else 32), (4 if width <= 192 else 8), 2
         if width <= 80:
             return 128, 128, 8, 3
-        return 128, 64, 8, (3 if width <= 160 else 2)
-    # HMMA: accumulators, probabilities and both operands are in registers.
-    if Sq <= 64:
-        return 64, (64 if width <= 128 else 32), 4, 2
-    if width <= 80:
-        return 128, 64, 4, (3 if arch == 80 else 2)
+        # 227 KiB of shared memory: three blocks in flight to 160 columns, then two.
+        widest = 160 if arch >= 100 else 192
+        return 128, (64 if width <= widest else 32), 8, (3 if width <= 160 else 2)
+    # HMMA keeps accumulators, scores and both operands in registers; sm_89 has 99 KiB of shared
+    # memory where sm_80 has 163.
+    stages = 3 if arch == 80 and width <= 128 else 2
+    if rows == 64 and width <= 128:
+        return 64, 64, 4, 2
+    if width <= 96:
+        return 128, 64, (4 if width <= 48 else 8), stages
     if width <= 160:
-        return 128, (64 if width <= 128 else 32), 8, 2
-    # 99 KiB of shared memory on sm_89 hold one block of 256 columns beside the queries.
-    return 64, 32, 4, (2 if arch == 80 else 1)
+        return (128 if rows == 128 else 64), 32, (8 if rows == 128 else 4), stages
+    return 64, 32, 8, (2 if arch == 80 else 1)
+
+
+def _tile_fp32(width: int, rows: int) -> tuple[int, int, int, int]:
+    """Three TF32 products keep both halves of both operands in registers."""
+    block_m = FEW if rows == FEW else 64
+    if width <= 128:
+        return block_m, 32, 8 if rows != FEW else 4, 2
+    return block_m, 16, 8 if rows != FEW else 4, 1
 
 
 def fit(head_dim: int) -> tuple[int, int, float]:
@@ -202,23 +208,36 @@ def launch(
     B, _, H, D = q.shape
     plan = select(B, H, main.queries + extra.queries, main.keys + extra.keys, D, q.dtype, arch)
     with torch.cuda.device_of(q):
-        keys = [_prepared(segment, plan, norm, eps) for segment in (main, extra)]
-        _launch(main, extra, *keys, mask, lse, scale, norm, eps, plan)
+        ready = [_ready(segment, plan, norm, eps) for segment in (main, extra)]
+        _launch(*ready, mask, lse, scale, "none" if plan.prepare_q else norm, eps, plan)
 
 
-def _prepared(segment: Segment, plan: Launch, norm: str, eps: float) -> Tensor | None:
-    """The keys as the products take them: themselves without norm and rotation."""
-    k, weight, cos, sin = segment.k, segment.k_weight, segment.cos, segment.sin
-    if k is None or (norm == "none" and cos is None):
-        return k
-    B, S, H, D = k.shape
-    out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+def _ready(segment: Segment, plan: Launch, norm: str, eps: float) -> Segment:
+    """The segment with its keys, and with prepare_q its queries, normalised and rotated."""
+    if norm == "none" and segment.cos is None:
+        return segment
+    k = _prepared(segment.k, segment.k_weight, segment, plan, norm, eps)
+    if not plan.prepare_q:
+        return replace(segment, k=k)
+    q = _prepared(segment.q, segment.q_weight, segment, plan, norm, eps)
+    return replace(segment, q=q, k=k, q_weight=None, cos=None, sin=None)
+
+
+def _prepared(
+    x: Tensor | None, weight: Tensor | None, segment: Segment, plan: Launch, norm: str, eps: float
+) -> Tensor | None:
+    if x is None or x.numel() == 0:
+        return x
+    B, S, H, D = x.shape
+    cos, sin = segment.cos, segment.sin
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     prepare_kernel[(B * H * triton.cdiv(S, PREPARE_BLOCK_N),)](
-        k, out, k if weight is None else weight, k if cos is None else cos,
-        k if sin is None else sin, *strides(k), _row_stride(cos), _row_stride(sin),
+        x, out, x if weight is None else weight, x if cos is None else cos,
+        x if sin is None else sin, *strides(x), _row_stride(cos), _row_stride(sin),
         0 if cos is None else cos.shape[0], H, S, eps,
         NORM=norm, HAS_WEIGHT=weight is not None, ROPE=cos is not None,
-        HEAD_DIM=D, D0=plan.d0, D1=plan.d1, BLOCK_N=PREPARE_BLOCK_N, num_warps=4,
+        HEAD_DIM=D, D0=plan.d0, D1=plan.d1, BLOCK_N=PREPARE_BLOCK_N,
+        PRECISION=precision(x.dtype, not x.is_cuda), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -226,8 +245,6 @@ def _prepared(segment: Segment, plan: Launch, norm: str, eps: float) -> Tensor |
 def _launch(
     main: Segment,
     extra: Segment,
-    k: Tensor | None,
-    extra_k: Tensor | None,
     mask: Tensor | None,
     lse: Tensor | None,
     scale: float,
@@ -235,7 +252,7 @@ def _launch(
     eps: float,
     plan: Launch,
 ) -> None:
-    q, v = main.q, main.v
+    q, k, v, extra_k = main.q, main.k, main.v, extra.k
     assert q is not None
     B, _, H, D = q.shape
     rows = main.queries + extra.queries
@@ -280,23 +297,107 @@ def _launch(
             H, main.queries, extra.queries, plan.splits,
             HAS_EXTRA_Q=extra.q is not None, HAS_LSE=lse is not None,
             HEAD_DIM=D, BLOCK_D=max(MIN_PIECE, triton.next_power_of_2(D)),
-            BLOCK_M=COMBINE_BLOCK_M, num_warps=4,
+            BLOCK_M=COMBINE_BLOCK_M, PRECISION=precision(q.dtype, not q.is_cuda), num_warps=4,
         )  # fmt: skip
 
 
 def precision(dtype: torch.dtype, interpreted: bool = False) -> str:
     """How the products take their inputs; what 16-bit inputs are, "tf32" leaves alone."""
     if interpreted:
-        return "wide"
+        return "interpret"
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 # --- ahead of time --------------------------------------------------------------------------------
 
-# Head dimensions of models; every other one has the pieces of one of them, or fewer columns.
-HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160, 192, 256, 16, 32, 144)
+# One head dimension of every pair of pieces, the one that masks most columns.
+HEAD_DIMS = (40, 8, 24, 64, 72, 88, 128, 136, 152, 184, 256)
 _POINTERS = {
     "part_ptr": "fp32", "lse_ptr": "fp32", "part_lse_ptr": "fp32", "lengths_ptr": "i64",
     "extra_lengths_ptr": "i64", "mask_ptr": "u8", "cos_ptr": "fp32", "sin_ptr": "fp32",
     "extra_cos_ptr": "fp32", "extra_sin_ptr": "fp32",
 }  # fmt: skip
+_FLAGS = (
+    "HAS_EXTRA_Q", "HAS_EXTRA_K", "HAS_LENGTHS", "HAS_EXTRA_LENGTHS", "HAS_LSE", "SPLIT",
+    "HAS_MASK", "HAS_WEIGHT", "ROPE",
+)  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def opcode(arch: int, block_m: int) -> str:
+    """The tensor-core instruction that the products must compile to."""
+    if block_m < 64 or arch < 90:
+        return "HMMA"
+    return "HGMMA" if arch < 100 else "UTCHMMA"
+
+
+def aot_configs() -> Iterator[dict[str, Any]]:
+    """Every tile `select` can return, in the terms of fastdiff.ops.AotConfig: the large ones plain,
+    with everything but a mask, and with everything; the others with everything but a mask, which
+    has the most code."""
+    for dtype in DTYPES:
+        for D in HEAD_DIMS:
+            for arch in SMS:
+                for rows in (128, 64, FEW):
+                    if dtype == "fp32" and rows == 128:
+                        continue
+                    kinds = ("plain", "joint", "masked") if rows == 128 else ("joint",)
+                    for kind in kinds:
+                        yield _attention_config(D, rows, dtype, arch, kind)
+            yield from _other_configs(D, dtype)
+
+
+def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + _POINTERS.get(name, dtype)
+        else:
+            signature[name] = "fp32" if name in ("scale", "eps") else "i32"
+    return signature
+
+
+def _attention_config(D: int, rows: int, dtype: str, arch: int, kind: str) -> dict[str, Any]:
+    d0, d1 = pieces(D)
+    block_m, block_n, warps, stages = tile(d0 + d1, rows, DTYPES[dtype], arch)
+    prepared = select(1, 1, 1, 1, D, DTYPES[dtype], arch).prepare_q
+    flags = dict.fromkeys(_FLAGS, kind != "plain")
+    flags["HAS_MASK"] = kind == "masked"
+    ready = {"NORM": "layer" if kind != "plain" and not prepared else "none"}
+    if prepared:
+        flags.update(HAS_WEIGHT=False, ROPE=False)
+    constants = {
+        **flags, **ready, "HEAD_DIM": D, "D0": d0, "D1": d1, "BLOCK_M": block_m,
+        "BLOCK_N": block_n, "PRECISION": precision(DTYPES[dtype]), "STAGES": stages,
+    }  # fmt: skip
+    return {
+        "kernel": attention_kernel,
+        "signature": _signature(attention_kernel, constants, dtype),
+        "constexprs": constants,
+        "options": {"num_warps": warps, "num_stages": stages},
+        "label": f"{D} {block_m}x{block_n} {kind} {dtype} sm_{arch}",
+        "architectures": (arch,),
+        "instruction": opcode(arch, block_m) if dtype != "fp32" else "MMA",
+    }
+
+
+def _other_configs(D: int, dtype: str) -> Iterator[dict[str, Any]]:
+    """prepare_kernel and combine_kernel, the same on every architecture."""
+    d0, d1 = pieces(D)
+    PRECISION = precision(DTYPES[dtype])
+    prepare = {
+        "NORM": "layer", "HAS_WEIGHT": True, "ROPE": True, "HEAD_DIM": D, "D0": d0, "D1": d1,
+        "BLOCK_N": PREPARE_BLOCK_N, "PRECISION": PRECISION,
+    }  # fmt: skip
+    combine = {
+        "HAS_EXTRA_Q": True, "HAS_LSE": True, "HEAD_DIM": D, "BLOCK_M": COMBINE_BLOCK_M,
+        "BLOCK_D": max(MIN_PIECE, triton.next_power_of_2(D)), "PRECISION": PRECISION,
+    }  # fmt: skip
+    for kernel, constants in ((prepare_kernel, prepare), (combine_kernel, combine)):
+        name = "prepare" if kernel is prepare_kernel else "combine"
+        yield {
+            "kernel": kernel, "signature": _signature(kernel, constants, dtype),
+            "constexprs": constants, "options": {"num_warps": 4}, "label": f"{name} {D} {dtype}",
+        }  # fmt: skip
