@@ -25,8 +25,9 @@ next power of two.
 fp32 scores, softmax and accumulators; probabilities are rounded to v's dtype for the second
 product, as the tensor cores take them. fp32 inputs multiply as three TF32 products (tf32x3).
 
-Limits: D from 8 to 256 in steps of 8; a row stride below 2^24 elements; S, B*H and the number of
-programs below 2^31. Images, heads and first rows are int64 offsets; those inside a tile are int32.
+Limits: D from 8 to 256 in steps of 8, in fp32 to 128 (wider spills at the smallest tile); a row
+stride below 2^24 elements; S, B * H and the number of programs below 2^31. Offsets of images, heads
+and first rows are int64; those inside a tile are int32.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ SMS = {80: 108, 89: 128, 90: 132, 100: 148}  # of the largest GPU of the kind
 MAX_SPLITS = 32  # the combining kernel reads them one after the other
 MIN_SPLIT_BLOCKS = 4  # key blocks per split: fewer cost more to combine than they win
 MAX_READY_WIDTH = 128  # wider queries, in fp32 beside their tables, do not fit the registers
+MAX_FP32_HEAD_DIM = 128
 FEW = 16  # queries that fill one row of tensor-core tiles
 COMBINE_BLOCK_M = 16
 PREPARE_BLOCK_N = 32
@@ -127,7 +129,7 @@ def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int
     if rows == 64 and width <= 128:
         return 64, 64, 4, 2
     if width <= 96:
-        return 128, 64, (4 if width <= 48 else 8), stages
+        return 128, 64, (4 if width <= 32 else 8), stages
     if width <= 160:
         return (128 if rows == 128 else 64), 32, (8 if rows == 128 else 4), stages
     return 64, 32, 8, (2 if arch == 80 else 1)
@@ -135,10 +137,9 @@ def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int
 
 def _tile_fp32(width: int, rows: int) -> tuple[int, int, int, int]:
     """Three TF32 products keep both halves of both operands in registers."""
-    block_m = FEW if rows == FEW else 64
-    if width <= 128:
-        return block_m, 32, 8 if rows != FEW else 4, 2
-    return block_m, 16, 8 if rows != FEW else 4, 1
+    if rows == FEW or width > 64:
+        return FEW, 32, 4, 1
+    return (64 if width <= 48 else 32), 32, 4, 2
 
 
 def fit(head_dim: int) -> tuple[int, int, float]:
@@ -208,8 +209,9 @@ def launch(
     B, _, H, D = q.shape
     plan = select(B, H, main.queries + extra.queries, main.keys + extra.keys, D, q.dtype, arch)
     with torch.cuda.device_of(q):
-        ready = [_ready(segment, plan, norm, eps) for segment in (main, extra)]
-        _launch(*ready, mask, lse, scale, "none" if plan.prepare_q else norm, eps, plan)
+        main, extra = (_ready(segment, plan, norm, eps) for segment in (main, extra))
+        norm = "none" if plan.prepare_q else norm
+        _launch(main, extra, mask, lse, scale, norm, eps, plan)
 
 
 def _ready(segment: Segment, plan: Launch, norm: str, eps: float) -> Segment:
@@ -324,10 +326,13 @@ _FLAGS = (
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def opcode(arch: int, block_m: int) -> str:
-    """The tensor-core instruction that the products must compile to."""
+def opcode(arch: int, block_m: int, dtype: torch.dtype) -> str:
+    """The tensor-core instruction that the products must compile to; "" where Triton may take
+    either: a warpgroup's TF32 product cannot read the values as they lie."""
     if block_m < 64 or arch < 90:
         return "HMMA"
+    if dtype == torch.float32:
+        return ""
     return "HGMMA" if arch < 100 else "UTCHMMA"
 
 
@@ -337,10 +342,10 @@ def aot_configs() -> Iterator[dict[str, Any]]:
     has the most code."""
     for dtype in DTYPES:
         for D in HEAD_DIMS:
+            if dtype == "fp32" and D > MAX_FP32_HEAD_DIM:
+                continue
             for arch in SMS:
-                for rows in (128, 64, FEW):
-                    if dtype == "fp32" and rows == 128:
-                        continue
+                for rows in (64, FEW) if dtype == "fp32" else (128, 64, FEW):
                     kinds = ("plain", "joint", "masked") if rows == 128 else ("joint",)
                     for kind in kinds:
                         yield _attention_config(D, rows, dtype, arch, kind)
@@ -379,7 +384,7 @@ def _attention_config(D: int, rows: int, dtype: str, arch: int, kind: str) -> di
         "options": {"num_warps": warps, "num_stages": stages},
         "label": f"{D} {block_m}x{block_n} {kind} {dtype} sm_{arch}",
         "architectures": (arch,),
-        "instruction": opcode(arch, block_m) if dtype != "fp32" else "MMA",
+        "instruction": opcode(arch, block_m, DTYPES[dtype]),
     }
 
 

@@ -21,6 +21,7 @@ from fastdiff.ops._contract import AotConfig, Implementation, Op, register
 
 Tensor = torch.Tensor
 NORMS = ("none", "rms", "layer")
+MAX_SCORES = 1 << 27  # the reference keeps as many at once: 1 GiB of float64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -148,13 +149,24 @@ def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     call = Arguments(*args, **kwargs)
     q, k, v = (x.to(_wide(x)) for x in call.joined(_ready))
-    scores = q @ k.transpose(-1, -2) * call.factor
-    valid, dead = call.valid_keys(), None
+    valid, dead, hidden = call.valid_keys(), None, None
     if valid is not None:
         dead = ~valid.any(1)[:, None, None]  # images without any key: they give 0
-        scores = scores.masked_fill(~(valid[:, None, None] | dead[..., None]), -math.inf)
-    lse = scores.logsumexp(-1) if call.return_lse else None
-    out = torch.softmax(scores, -1) @ v
+        hidden = ~(valid[:, None, None] | dead[..., None])
+
+    def attend(q: Tensor) -> tuple[Tensor, Tensor | None]:
+        scores = q @ k.transpose(-1, -2) * call.factor
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -math.inf)
+        lse = scores.logsumexp(-1) if call.return_lse else None
+        return torch.softmax(scores, -1) @ v, lse
+
+    row = q.shape[0] * q.shape[1] * k.shape[2]  # scores of one query of every image and head
+    if row * q.shape[2] <= MAX_SCORES:
+        out, lse = attend(q)
+    else:
+        outs, lses = zip(*map(attend, q.split(max(1, MAX_SCORES // row), 2)), strict=True)
+        out, lse = torch.cat(outs, 2), torch.cat(lses, 2) if call.return_lse else None
     if dead is not None:
         out = out.masked_fill(dead[..., None], 0.0)
         lse = None if lse is None else lse.masked_fill(dead, -math.inf)
@@ -372,6 +384,8 @@ def _triton_supports(*args: Any, **kwargs: Any) -> str:
         return "q is torch.float64; the kernels take float32, float16 and bfloat16"
     if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
         return f"the head dimension is {q.shape[-1]}; the kernels take multiples of 8 up to 256"
+    if q.dtype == torch.float32 and q.shape[-1] > 128:
+        return f"the head dimension is {q.shape[-1]}; the kernels take float32 up to 128"
     return _unsupported_strides(call)
 
 
