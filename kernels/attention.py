@@ -113,12 +113,12 @@ def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int
     if dtype == torch.float32:
         return _tile_fp32(width, rows)
     if rows == FEW:  # more rows would multiply zeros; bound by loading the keys
-        return FEW, (64 if width <= 128 else 32), 4, 2
+        return FEW, 32, 4, (3 if width <= 128 else 2)
     if arch >= 90:
         # A warpgroup multiplies 64 rows at a time; with 128, two of them share each key block.
         if rows == 64:
             return 64, (64 if width <= 128 else 32), (4 if width <= 192 else 8), 2
-        if width <= 80:
+        if width <= 64:
             return 128, 128, 8, 3
         # 227 KiB of shared memory: three blocks in flight to 160 columns, then two.
         widest = 160 if arch >= 100 else 192
