@@ -74,6 +74,7 @@ SMS = {80: 108, 89: 128, 90: 132, 100: 148}  # of the largest GPU of the kind
 MAX_SPLITS = 32  # the combining kernel reads them one after the other
 MIN_SPLIT_BLOCKS = 4  # key blocks per split: fewer cost more to combine than they win
 MAX_READY_WIDTH = 128  # wider queries, in fp32 beside their tables, do not fit the registers
+MAX_REGISTERS = 255  # named, because left alone ptxas spills to save registers
 MAX_FP32_HEAD_DIM = 128
 FEW = 16  # queries that fill one row of tensor-core tiles
 COMBINE_BLOCK_M = 16
@@ -291,7 +292,7 @@ def _launch(
         ROPE=any(cos is not None for cos, _ in tables), SPLIT=split,
         HEAD_DIM=D, D0=plan.d0, D1=plan.d1, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
         PRECISION=precision(q.dtype, not q.is_cuda), STAGES=plan.stages, num_warps=plan.num_warps,
-        num_stages=plan.stages,
+        num_stages=plan.stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     if split:
         combine_kernel[(B * H * triton.cdiv(rows, COMBINE_BLOCK_M),)](
@@ -381,7 +382,7 @@ def _attention_config(D: int, rows: int, dtype: str, arch: int, kind: str) -> di
         "kernel": attention_kernel,
         "signature": _signature(attention_kernel, constants, dtype),
         "constexprs": constants,
-        "options": {"num_warps": warps, "num_stages": stages},
+        "options": {"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS},
         "label": f"{D} {block_m}x{block_n} {kind} {dtype} sm_{arch}",
         "architectures": (arch,),
         "instruction": opcode(arch, block_m, DTYPES[dtype]),
