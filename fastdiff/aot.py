@@ -1,7 +1,9 @@
 """`python -m fastdiff.aot`: compiles every Triton configuration for every GPU type, without a GPU.
 
 Prints registers, spills and shared memory as the compiler reports them, and exits with 1 when a
-configuration spills registers to memory or does not compile. Needs Triton with its bundled ptxas.
+configuration spills registers to memory, needs more shared memory than a program can have, lacks an
+instruction that it must hold (tensor cores) or does not compile. Needs Triton with its bundled
+ptxas, cuobjdump and nvdisasm.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from fastdiff.ops._contract import AotConfig
 
 ARCHITECTURES = (80, 89, 90, 100)
 PROCESSES = 2
+# Bytes of shared memory that one program can have (CUDA C++ Programming Guide, table of compute
+# capabilities).
+MAX_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,33 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
-        return bool(self.error) or self.spill_bytes > 0
+        return bool(self.verdict)
+
+    @property
+    def verdict(self) -> str:
+        """ "" or what is wrong."""
+        if self.error or self.spill_bytes:
+            return self.error or "SPILLS"
+        most = MAX_SHARED[self.arch]
+        return "" if self.shared_bytes <= most else f"SHARED MEMORY above {most}"
+
+
+def _inspect(cubin: bytes, tool: str, option: str) -> str:
+    """What a tool of Triton's wheel prints about compiled code."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(path), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def opcodes(cubin: bytes) -> set[str]:
+    """The opcodes of the compiled code without their modifiers: "HGMMA", "LDG", ..."""
+    text = _inspect(cubin, "nvdisasm", "--print-code")
+    return set(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text, re.M))
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -45,14 +76,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     Local memory holds spilled registers and arrays indexed at run time; the kernels have no such
     arrays, so any of it is a spill.
     """
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _inspect(cubin, "cuobjdump", "--dump-resource-usage")
     registers = re.search(r"REG:(\d+)", text)
     stack, local = re.search(r"STACK:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
     if not (registers and stack and local):
@@ -80,7 +104,10 @@ def compile_config(config: AotConfig, arch: int) -> Outcome:
         source = ASTSource(config.kernel, config.signature, constants, attrs)
         target = GPUTarget("cuda", arch, 32)
         compiled = triton.compile(source, target=target, options=dict(config.options))
-        registers, spill = _resource_usage(compiled.asm["cubin"])
+        cubin = compiled.asm["cubin"]
+        registers, spill = _resource_usage(cubin)
+        if config.instruction and config.instruction not in opcodes(cubin):
+            raise RuntimeError(f"the compiled code must hold {config.instruction}, it does not")
     except Exception as error:  # reported, whatever it is
         message = f"{type(error).__name__}: {error}"
         return Outcome(config.label, arch, error=message)
@@ -105,22 +132,31 @@ def _compile_at(job: tuple[int, int]) -> Outcome:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from fastdiff.ops import OPS
+
     parser = argparse.ArgumentParser(prog="python -m fastdiff.aot", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="the widest tile of each kernel, sm_80 and sm_90 only"
     )
+    names = [op.name for op in OPS if op.aot is not None]
+    parser.add_argument("--op", choices=names, help="this op only")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET must be unset: the interpreter compiles nothing")
     configs = all_configs()
-    indices = list(range(len(configs)))
+    indices = [
+        index
+        for index, config in enumerate(configs)
+        if options.op is None or config.label.startswith(f"{options.op} ")
+    ]
     architectures: tuple[int, ...] = ARCHITECTURES
     if options.quick:
         architectures = (80, 90)
         seen: set[tuple[object, ...]] = set()
-        indices = []
-        for index, config in enumerate(configs):
-            key = (id(config.kernel), *config.signature.values())
+        every, indices = indices, []
+        for index in every:
+            config = configs[index]
+            key = (id(config.kernel), *config.signature.values(), *config.architectures)
             if key not in seen:
                 seen.add(key)
                 indices.append(index)
@@ -136,10 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
         for outcome in pool.imap(_compile_at, jobs, chunksize=4):
             bad += outcome.bad
-            verdict = outcome.error or ("SPILLS" if outcome.bad else "")
             print(
                 f"{outcome.label:<{width}}  sm_{outcome.arch:<4}{outcome.registers:>8}"
-                f"{outcome.spill_bytes:>11}{outcome.shared_bytes:>10}  {verdict}".rstrip(),
+                f"{outcome.spill_bytes:>11}{outcome.shared_bytes:>10}  {outcome.verdict}".rstrip(),
                 flush=True,
             )
     print(f"{len(jobs)} compiled, {bad} bad")

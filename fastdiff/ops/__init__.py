@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastdiff.ops._contract import Op
+from fastdiff.ops.attention import OP as _ATTENTION
+from fastdiff.ops.attention import attention
 from fastdiff.ops.geglu import OP as _GEGLU
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.group_norm_silu import OP as _GROUP_NORM_SILU
@@ -29,11 +31,13 @@ OPS: tuple[Op, ...] = (
     _LINEAR_GATE,
     _TIMESTEP_MLP,
     _LINEAR_QUANTIZED,
+    _ATTENTION,
 )
 
 __all__ = [
     "OPS",
     "Op",
+    "attention",
     "geglu",
     "group_norm_silu",
     "linear_gate",

@@ -84,7 +84,8 @@ class AotConfig:
     """One kernel specialisation to compile ahead of time, in the terms of ``triton.compile``.
 
     multiples_of_16: the integer arguments compiled as such; wide loads need them.
-    architectures: those on which it is launched, as sm_XY; () for all.
+    architectures: where the launch policy uses it; empty for everywhere.
+    instruction: what the compiled code must hold, such as "HGMMA"; "" for nothing particular.
     """
 
     kernel: Any
@@ -94,6 +95,7 @@ class AotConfig:
     label: str
     multiples_of_16: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Op:
     aot: Callable[[], Iterable[AotConfig]] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     numerics: str = "bounded"
+    prefer: Callable[..., str] | None = None
 
     def implementation_names(self) -> tuple[str, ...]:
         """Every value ``impl`` takes besides "auto"."""
@@ -151,6 +154,9 @@ class Op:
         ValueError for an unknown name, RuntimeError for a named one that cannot run the call.
         """
         if impl == "auto":
+            first = "" if self.prefer is None else self.prefer(*args, **kwargs)
+            if first and not self.why_not(first, *args, **kwargs):
+                return self.choose(first, *args, **kwargs)
             for candidate in self.implementations:
                 if not candidate.supports(*args, **kwargs):
                     return candidate.run
