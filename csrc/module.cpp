@@ -7,6 +7,7 @@
 namespace py = pybind11;
 
 void bind_group_norm_silu(py::module_& module);
+void bind_rows(py::module_& module);
 void bind_solver(py::module_& module);
 
 PYBIND11_MODULE(_C, module) {
@@ -20,5 +21,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("with_cuda") = false;
 #endif
   bind_group_norm_silu(module);
+  bind_rows(module);
   bind_solver(module);
 }
