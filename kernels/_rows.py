@@ -36,6 +36,7 @@ FEW = 8
 # Sixteen warps on each of 132 SMs.
 FILLED = 2048
 MAX_WARPS = 16
+MAX_REGISTERS = 128  # what 16 warps have; named, because left alone ptxas spills to save registers
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ def _tiles(C: int) -> tuple[int, int, bool]:
 
 
 def _plan(main: int, tail: int, exact: bool, per_lane: int) -> Launch:
-    """Odd widths take an address for every element: half as many per lane, or there are too few
-    registers for enough programs. With a tail it is one row: two tiles of several rows would be
-    laid out differently, and pass through shared memory to meet."""
-    tile = 32 * per_lane // (1 if exact else 2)
+    """Half as many elements per lane for odd widths, which take an address for every element, and
+    for several rows, whose modulation may differ: in fp32 there would be too few registers. With a
+    tail it is one row: two tiles of several rows would be laid out differently, and pass through
+    shared memory to meet."""
+    tile = 32 * per_lane
+    if not exact or (main < tile and per_lane > FEW):
+        tile //= 2
     rows = 1 if tail else max(1, tile // main)
     return Launch(rows, main, tail, exact, min(MAX_WARPS, max(1, main // tile)))
 
@@ -287,14 +291,16 @@ def fp_fusion(x: torch.Tensor, gate: torch.Tensor) -> bool:
 def plans() -> Iterator[tuple[str, Launch, bool]]:
     """(label, launch, whether the widths are multiples of 16): all that `select` returns."""
     mains = [MIN_MAIN << i for i in range((MAX_WIDTH // MIN_MAIN).bit_length())]
+    seen = set()
     for main in mains:
         tails = [main // 2, main // 4, main // 8] if MIN_SPLIT <= main < MAX_WIDTH else []
         for per_lane in (MANY, FEW):
-            for tail in (0, *tails):
-                plan = _plan(main, tail, True, per_lane)
-                yield f"{plan.rows}x({main}+{tail}) {plan.num_warps}w", plan, True
-            plan = _plan(main, 0, False, per_lane)
-            yield f"{plan.rows}x{main} {plan.num_warps}w odd", plan, False
+            exact = [_plan(main, tail, True, per_lane) for tail in (0, *tails)]
+            for plan in (*exact, _plan(main, 0, False, per_lane)):
+                if plan not in seen:
+                    seen.add(plan)
+                    tiles = f"{plan.main}+{plan.tail}" if plan.exact else f"{plan.main} odd"
+                    yield f"{plan.rows}x({tiles}) {plan.num_warps}w", plan, plan.exact
 
 
 def aot_config(

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels._rows import (
+    MAX_REGISTERS,
     Launch,
     aot_config,
     arch_of,
@@ -114,6 +115,7 @@ def launch(
             *(step for steps in strides for step in steps), eps,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             **tile_options(plan, shared), num_warps=plan.num_warps,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=fp_fusion(x, gate),
         )  # fmt: skip
 
@@ -123,5 +125,5 @@ def aot_configs() -> Iterator[dict[str, Any]]:
     kernel, flags = _gate_residual_norm_modulate_kernel, {"HAS_WEIGHT": True, "HAS_BIAS": True}
     for label, plan, known in plans():
         for dtype in ("bf16", "fp32"):
-            options = {"enable_fp_fusion": dtype != "fp32"}
+            options = {"enable_fp_fusion": dtype != "fp32", "maxnreg": MAX_REGISTERS}
             yield aot_config(kernel, label, dtype, plan, known, options, **flags)

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels._rows import (
+    MAX_REGISTERS,
     Launch,
     aot_config,
     arch_of,
@@ -98,12 +99,16 @@ def launch(
         _layer_norm_modulate_kernel[(triton.cdiv(rows, plan.rows),)](
             x, *pointers, out, rows, inner, C, *(step for steps in strides for step in steps),
             eps, *present, **tile_options(plan, shared), num_warps=plan.num_warps,
+            maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
 
 def aot_configs() -> Iterator[dict[str, Any]]:
     """Every launch `select` can return, in the terms of fastdiff.ops.AotConfig."""
     flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_SCALE", "HAS_SHIFT"), True)
+    options = {"maxnreg": MAX_REGISTERS}
     for label, plan, known in plans():
         for dtype in ("bf16", "fp32"):
-            yield aot_config(_layer_norm_modulate_kernel, label, dtype, plan, known, {}, **flags)
+            yield aot_config(
+                _layer_norm_modulate_kernel, label, dtype, plan, known, options, **flags
+            )

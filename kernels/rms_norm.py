@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels._rows import (
+    MAX_REGISTERS,
     Launch,
     aot_config,
     arch_of,
@@ -91,11 +92,13 @@ def launch(
         _rms_norm_kernel[(triton.cdiv(rows, plan.rows),)](
             x, x if weight is None else weight, out, rows, middle, inner, C, *strides, eps,
             HAS_WEIGHT=weight is not None, **tile_options(plan, True), num_warps=plan.num_warps,
+            maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
 
 def aot_configs() -> Iterator[dict[str, Any]]:
     """Every launch `select` can return, in the terms of fastdiff.ops.AotConfig."""
+    options = {"maxnreg": MAX_REGISTERS}
     for label, plan, known in plans():
         for dtype in ("bf16", "fp32"):
-            yield aot_config(_rms_norm_kernel, label, dtype, plan, known, {}, HAS_WEIGHT=True)
+            yield aot_config(_rms_norm_kernel, label, dtype, plan, known, options, HAS_WEIGHT=True)

@@ -18,8 +18,12 @@ import torch
 from fastdiff.ops import _rows
 from fastdiff.ops._contract import AotConfig, Implementation, Op, register
 from fastdiff.ops._row_examples import constant_rows, row_example
-from fastdiff.ops.gate_residual import OP as GATE
-from fastdiff.ops.layer_norm_modulate import OP as NORM
+from fastdiff.ops.gate_residual import flops as gate_flops
+from fastdiff.ops.gate_residual import pattern as gate_pattern
+from fastdiff.ops.gate_residual import reference as gate_reference
+from fastdiff.ops.layer_norm_modulate import flops as norm_flops
+from fastdiff.ops.layer_norm_modulate import pattern as norm_pattern
+from fastdiff.ops.layer_norm_modulate import reference as norm_reference
 
 Tensor = torch.Tensor
 
@@ -35,8 +39,8 @@ def reference(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The references of the two parts, one after the other."""
-    residual = GATE.reference(x, y, gate)
-    return residual, NORM.reference(residual, scale, shift, weight, bias, eps)
+    residual = gate_reference(x, y, gate)
+    return residual, norm_reference(residual, scale, shift, weight, bias, eps)
 
 
 def pattern(
@@ -50,8 +54,8 @@ def pattern(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The operations of a DiT block."""
-    residual = GATE.pattern(x, y, gate)
-    return residual, NORM.pattern(residual, scale, shift, weight, bias, eps)
+    residual = gate_pattern(x, y, gate)
+    return residual, norm_pattern(residual, scale, shift, weight, bias, eps)
 
 
 def check(
@@ -104,7 +108,7 @@ def bytes_moved(x: Tensor, *args, **kwargs) -> int:
 
 def flops(x: Tensor, *args, **kwargs) -> int:
     """Those of the two parts."""
-    return GATE.flops(x) + NORM.flops(x)
+    return gate_flops(x) + norm_flops(x)
 
 
 PARTS = {
