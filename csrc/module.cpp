@@ -8,6 +8,7 @@ namespace py = pybind11;
 
 void bind_gated(py::module_& module);
 void bind_group_norm_silu(py::module_& module);
+void bind_rows(py::module_& module);
 void bind_solver(py::module_& module);
 
 PYBIND11_MODULE(_C, module) {
@@ -22,5 +23,6 @@ PYBIND11_MODULE(_C, module) {
 #endif
   bind_gated(module);
   bind_group_norm_silu(module);
+  bind_rows(module);
   bind_solver(module);
 }

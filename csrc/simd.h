@@ -281,6 +281,49 @@ FASTDIFF_INLINE void store(T* p, vfloat v) {
 
 #endif
 
+// v, rounded to what memory of type T holds.
+template <class T>
+struct Rounded;
+template <>
+struct Rounded<float> {
+  FASTDIFF_METHOD static vfloat of(vfloat v) { return v; }
+};
+#if defined(__AVX512F__)
+template <>
+struct Rounded<bf16_t> {
+  FASTDIFF_METHOD static vfloat of(vfloat v) {
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(round_bf16(v), upper));
+  }
+};
+template <>
+struct Rounded<f16_t> {
+  FASTDIFF_METHOD static vfloat of(vfloat v) { return _mm512_cvtph_ps(narrow_f16(v)); }
+};
+#elif defined(__AVX2__)
+template <>
+struct Rounded<bf16_t> {
+  FASTDIFF_METHOD static vfloat of(vfloat v) { return widen_bf16(narrow_bf16(v)); }
+};
+template <>
+struct Rounded<f16_t> {
+  FASTDIFF_METHOD static vfloat of(vfloat v) { return _mm256_cvtph_ps(narrow_f16(v)); }
+};
+#else
+template <>
+struct Rounded<bf16_t> {
+  FASTDIFF_METHOD static vfloat of(vfloat v) { return widen(narrow(v, bf16_t{}), bf16_t{}); }
+};
+template <>
+struct Rounded<f16_t> {
+  FASTDIFF_METHOD static vfloat of(vfloat v) { return widen(narrow(v, f16_t{}), f16_t{}); }
+};
+#endif
+template <class T>
+FASTDIFF_INLINE vfloat round_to(vfloat v) {
+  return Rounded<T>::of(v);
+}
+
 FASTDIFF_INLINE float sum_lanes(vfloat v) {
   alignas(64) float lane[kLanes];
   std::memcpy(lane, &v, sizeof lane);

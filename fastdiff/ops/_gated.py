@@ -12,7 +12,7 @@ import torch
 
 from fastdiff._ext import DTYPE_CODES, ext, ext_status
 from fastdiff.ops._contract import Call, Example
-from fastdiff.ops._rows import rows_of, why_not_triton
+from fastdiff.ops._strides import rows_of, why_not_triton
 
 Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -14,7 +14,7 @@ import torch
 
 from fastdiff.ops import _gated
 from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
-from fastdiff.ops._rows import rows_of, why_not_triton
+from fastdiff.ops._strides import rows_of, why_not_triton
 
 Tensor = torch.Tensor
 # name: (activation of _gated, whether it halves the columns)

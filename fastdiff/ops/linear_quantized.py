@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
-from fastdiff.ops._rows import rows_of, why_not_triton
+from fastdiff.ops._strides import rows_of, why_not_triton
 
 Tensor = torch.Tensor
 FP8 = torch.float8_e4m3fn

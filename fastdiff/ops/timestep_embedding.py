@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
-from fastdiff.ops._rows import why_not_triton
+from fastdiff.ops._strides import why_not_triton
 
 Tensor = torch.Tensor
 DTYPES = (

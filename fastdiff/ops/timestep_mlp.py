@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
-from fastdiff.ops._rows import why_not_triton
+from fastdiff.ops._strides import why_not_triton
 from fastdiff.ops.linear_gate import check_layer, why_not_rows
 from fastdiff.ops.timestep_embedding import check as check_embedding
 from fastdiff.ops.timestep_embedding import reference as embed
