@@ -21,6 +21,7 @@ a handful of kernels: its first, middle and last rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,20 @@ class LaunchPolicy:
         if small or state_bytes == 8 or num_registers > 4:
             return LaunchPolicy(block=512, num_warps=4)
         return LaunchPolicy(block=1024, num_warps=4)
+
+    @staticmethod
+    def candidates(
+        per_image: int, state_bytes: int, num_registers: int
+    ) -> tuple[LaunchPolicy, ...]:
+        """`select`'s choice, then what tuning tries beside it.
+
+        Warps share nothing, so registers depend on the elements per thread alone: 4, or 8 where two
+        loads fit, which are what the compile check compiles.
+        """
+        chosen = LaunchPolicy.select(per_image, state_bytes, num_registers)
+        loads = (4, 8) if state_bytes < 8 and num_registers <= 4 else (4,)
+        others = (LaunchPolicy(32 * warps * load, warps) for load in loads for warps in (2, 4, 8))
+        return (chosen, *(policy for policy in others if policy != chosen))
 
 
 @dataclass(frozen=True)
@@ -367,6 +382,7 @@ def solver_step(
     draw: int = 0,
     copies: int = 1,
     channels: int = 1,
+    policy: LaunchPolicy | None = None,
 ) -> None:
     """Launches one row, in place on ``registers`` and ``model_input``.
 
@@ -376,6 +392,7 @@ def solver_step(
     coef: the packed row in the registers' dtype on their device. noise: like a register, or None.
     seeds: int64 [images]; drawn from Philox when ``noise`` is None. channels: 1 for contiguous
     registers, C for channels-last ones (the noise is numbered in contiguous order).
+    policy: one of `LaunchPolicy.candidates`; None: what `select` gives.
 
     Raises ValueError when a row that uses noise gets neither noise nor seeds.
     """
@@ -385,7 +402,7 @@ def solver_step(
     if structure.uses_noise and noise is None and seeds is None:
         raise ValueError("noise or seeds must be given for a row that uses noise, got neither")
     images, per_image = x.shape[0], x[0].numel()
-    policy = LaunchPolicy.select(per_image, x.element_size(), structure.num_registers)
+    policy = policy or LaunchPolicy.select(per_image, x.element_size(), structure.num_registers)
     padded = [*registers, *([x] * (MAX_REGISTERS - len(registers)))]
     philox = structure.uses_noise and noise is None
     options: dict[str, Any] = structure.constexprs(model_input is not None)
@@ -431,12 +448,14 @@ def aot_configs() -> Iterator[dict[str, Any]]:
     """Launches to compile ahead of time, in the terms of fastdiff.ops.AotConfig."""
     for name, structure in _AOT_ROWS.items():
         for state, model in _AOT_TYPES:
-            for guided, last in ((0, 0), (1, 0), (1, 1)):
+            size = 8 if state == "fp64" else 4
+            # The blocks of small and of large states: registers depend on nothing else of them.
+            policies = {LaunchPolicy.select(n, size, structure.num_registers) for n in (1, 1 << 24)}
+            for (guided, last), policy in itertools.product(
+                ((0, 0), (1, 0), (1, 1)), sorted(policies, key=lambda p: -p.block)
+            ):
                 if last and not structure.uses_noise:
                     continue
-                # The larger block: more registers a thread.
-                size = 8 if state == "fp64" else 4
-                policy = LaunchPolicy.select(1 << 24, size, structure.num_registers)
                 constexprs = {
                     **structure.constexprs(True),
                     "PHILOX": int(structure.uses_noise),
