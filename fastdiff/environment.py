@@ -74,12 +74,20 @@ def cache_folder() -> Path:
     """Where fastdiff keeps what it can make again: FASTDIFF_CACHE, else the user's cache folder.
 
     It may not exist. A relative XDG_CACHE_HOME is not used, as its specification says.
+    FileNotFoundError when neither is set and the user has no home.
     """
     own = os.environ.get("FASTDIFF_CACHE", "")
     if own:
         return Path(own).expanduser()
     user = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (user if user.is_absolute() else Path.home() / ".cache") / "fastdiff"
+    if not user.is_absolute():
+        try:
+            user = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                "FASTDIFF_CACHE must name a folder: there is no home"
+            ) from error
+    return user / "fastdiff"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Occupancy:
     """Blocks that fit one multiprocessor together, and what stops one more. 0: none can run."""
 
     blocks: int
-    limit: str  # "registers", "shared memory", "tensor memory", "threads" or "blocks"
+    limit: str  # "registers", "shared memory", "threads", "blocks" or "tensor memory"
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -65,10 +65,11 @@ def occupancy(
     fits = {
         "registers": sm.registers // PARTITIONS // per_warp * PARTITIONS // warps,
         "shared memory": sm.shared_bytes // shared,
-        "tensor memory": sm.tensor_columns // tensor_columns if tensor_columns else sm.blocks,
         "threads": sm.threads // (warps * WARP),
         "blocks": sm.blocks,
     }
+    if tensor_columns:
+        fits["tensor memory"] = sm.tensor_columns // tensor_columns
     if shared_bytes > sm.shared_bytes_per_block:
         fits["shared memory"] = 0
     limit = min(fits, key=lambda name: fits[name])

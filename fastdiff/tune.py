@@ -131,7 +131,7 @@ def run_cases(
                 # At once: an interrupted run keeps what it has measured.
                 key = op.tuning.key(*call.args, **call.kwargs).text()
                 tuning.save(op.name, {key: verdict.entry()})
-            except (RuntimeError, ValueError, TypeError) as error:
+            except (RuntimeError, ValueError, TypeError, OSError) as error:
                 failed += 1
                 bar.write(f"{title}: FAILED: {_first_line(str(error))}")
                 continue

@@ -116,6 +116,8 @@ def _entries() -> Entries:
     """The table of this process, read once; a file that cannot be used is one warning."""
     try:
         return read(table_path())
+    except FileNotFoundError:  # no folder that could hold one
+        return {}
     except TableError as error:
         warnings.warn(f"tuned launches are not used: {error}", RuntimeWarning, stacklevel=2)
         return {}
