@@ -436,6 +436,8 @@ _AOT_ROWS = {
     "2M first": RowStructure(2, 0, 0, 3, (0x101, 0x100), (0, 1)),
     "2M middle": RowStructure(2, 0, 0, 3, (0x103, 0x100), (0, 1)),
     "2M last": RowStructure(2, 0, -1, 3, (0x103,), (0,)),
+    # The most that takes the wide block.
+    "four registers": RowStructure(4, 0, 0, 3, (0x30F, 0x30F, 0x30F, 0x30F), (0, 1, 2, 3)),
     "full width": RowStructure(8, 0, 0, 3, (0x3FF, 0x3FF, 0x3FF, 0x3FF), (0, 1, 2, 3)),
 }
 

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastdiff import _compile, kernel_report  # noqa: E402
-from fastdiff._compile import Outcome  # noqa: E402
-from fastdiff.ops import OPS  # noqa: E402
+from fastdiff import _compile, kernel_report
+from fastdiff._compile import Outcome
+from fastdiff.ops import OPS
 
 PATH = Path(__file__).parents[1] / kernel_report.DEFAULT_PATH
 REMEDY = "run `python -m fastdiff.kernel_report`"

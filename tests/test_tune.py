@@ -61,7 +61,7 @@ print("ran", ran)
 
 
 class FakeOp(Op):
-    """Doubles x; its "launch" is what tuning chose, of which block 4096 is wrong and 2048 breaks."""
+    """Doubles x; its "launch" is what tuning chose: block 4096 is wrong and 2048 breaks."""
 
     def __call__(self, x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
         assert impl == "triton"
