@@ -63,8 +63,8 @@ class LaunchPolicy:
     ) -> tuple[LaunchPolicy, ...]:
         """`select`'s choice, then what tuning tries beside it.
 
-        Warps share nothing, so registers depend on the elements per thread alone: 4, or 8 where two
-        loads fit, which are what the compile check compiles.
+        4 elements per thread, or 8 where two loads fit. The compile check has all of them for the
+        rows that need most registers, which hardly depend on the number of warps.
         """
         chosen = LaunchPolicy.select(per_image, state_bytes, num_registers)
         loads = (4, 8) if state_bytes < 8 and num_registers <= 4 else (4,)
@@ -442,6 +442,7 @@ _AOT_ROWS = {
 }
 
 
+_AOT_HUNGRIEST = ("four registers", "full width")
 _AOT_TYPES = (("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("fp64", "fp64"))
 _AOT_INTEGERS = ("draw", "per_image", "images", "channels")
 
@@ -451,10 +452,12 @@ def aot_configs() -> Iterator[dict[str, Any]]:
     for name, structure in _AOT_ROWS.items():
         for state, model in _AOT_TYPES:
             size = 8 if state == "fp64" else 4
-            # The blocks of small and of large states: registers depend on nothing else of them.
+            # The blocks of small and of large states; of the hungriest rows, all candidates.
             policies = {LaunchPolicy.select(n, size, structure.num_registers) for n in (1, 1 << 24)}
+            if name in _AOT_HUNGRIEST and model in ("bf16", "fp64"):
+                policies |= set(LaunchPolicy.candidates(1, size, structure.num_registers))
             for (guided, last), policy in itertools.product(
-                ((0, 0), (1, 0), (1, 1)), sorted(policies, key=lambda p: -p.block)
+                ((0, 0), (1, 0), (1, 1)), sorted(policies, key=lambda p: (-p.block, p.num_warps))
             ):
                 if last and not structure.uses_noise:
                     continue
@@ -473,7 +476,9 @@ def aot_configs() -> Iterator[dict[str, Any]]:
                 signature = {argument: types.get(argument, f"*{state}") for argument in names}
                 options = {"num_warps": policy.num_warps, "enable_fp_fusion": False}
                 kind = f"{'guided ' * guided}{'channels last ' * last}"
-                label = f"{name} {state}/{model} {kind}BLOCK={policy.block}"
+                label = (
+                    f"{name} {state}/{model} {kind}BLOCK={policy.block} warps={policy.num_warps}"
+                )
                 yield {
                     "kernel": solver_step_kernel,
                     "signature": signature,
