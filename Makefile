@@ -11,7 +11,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt \
 	$(shell find csrc kernels fastdiff -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' \
 	-o -name '*.cu' -o -name '*.cuh' -o -name '*.safetensors' -o -name 'py.typed' \))
 
-.PHONY: demo test install-dev develop lint format aot check-native bench evaluate wheel-check \
+.PHONY: demo test install-dev develop lint format aot kernel-report check-native bench evaluate wheel-check \
 	gpu gpu-build gpu-test gpu-bench clean help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test          venv, install, all tests that need no GPU"
 	@echo "make lint          ruff and mypy"
 	@echo "make aot           compile every Triton configuration for sm_80/89/90/100, refuse spills"
+	@echo "make kernel-report write docs/kernels.md from the same compilation"
 	@echo "make check-native  compile csrc/cuda with nvcc for every target, refuse spills; check ISA objects"
 	@echo "make bench         CPU benchmarks, into benchmarks/results/"
 	@echo "make evaluate      quality of the embedded digits model on 1,000 samples"
@@ -61,6 +62,9 @@ format: $(VENV)/.dev
 
 aot: $(VENV)/.dev
 	$(BIN)/python -m fastdiff.aot
+
+kernel-report: $(VENV)/.dev
+	$(BIN)/python -m fastdiff.kernel_report
 
 check-native: $(VENV)/.dev
 	$(BIN)/python csrc/check.py

@@ -50,12 +50,44 @@ VARIABLES = (
         "Triton",
         "1 runs the Triton kernels on CPU tensors, slowly, for tests",
     ),
+    Variable(
+        "FASTDIFF_CACHE",
+        "",
+        "fastdiff, once",
+        "folder of the tuned launches; else fastdiff in XDG_CACHE_HOME",
+    ),
+    Variable(
+        "XDG_CACHE_HOME",
+        "~/.cache",
+        "fastdiff, once",
+        "the user's cache folder, where FASTDIFF_CACHE is not set",
+    ),
 )
 
 
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cache_folder() -> Path:
+    """Where fastdiff keeps what it can make again: FASTDIFF_CACHE, else the user's cache folder.
+
+    It may not exist. A relative XDG_CACHE_HOME is not used, as its specification says.
+    FileNotFoundError when neither is set and the user has no home.
+    """
+    own = os.environ.get("FASTDIFF_CACHE", "")
+    if own:
+        return Path(own).expanduser()
+    user = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not user.is_absolute():
+        try:
+            user = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                "FASTDIFF_CACHE must name a folder: there is no home"
+            ) from error
+    return user / "fastdiff"
 
 
 @dataclass(frozen=True)

@@ -368,6 +368,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, 
 def _attention_config(D: int, rows: int, dtype: str, arch: int, kind: str) -> dict[str, Any]:
     d0, d1 = pieces(D)
     block_m, block_n, warps, stages = tile(d0 + d1, rows, DTYPES[dtype], arch)
+    product = opcode(arch, block_m, DTYPES[dtype])
     prepared = select(1, 1, 1, 1, D, DTYPES[dtype], arch).prepare_q
     flags = dict.fromkeys(_FLAGS, kind != "plain")
     flags["HAS_MASK"] = kind == "masked"
@@ -385,7 +386,7 @@ def _attention_config(D: int, rows: int, dtype: str, arch: int, kind: str) -> di
         "options": {"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS},
         "label": f"{D} {block_m}x{block_n} {kind} {dtype} sm_{arch}",
         "architectures": (arch,),
-        "instruction": opcode(arch, block_m, DTYPES[dtype]),
+        "tensor_cores": {arch: product} if product else {},
     }
 
 

@@ -77,8 +77,9 @@ def _warps(elements: int, least: int) -> int:
 
 
 def select(
-    N: int, C: int, HW: int, groups: int, dtype: torch.dtype, channels_last: bool, arch: int
-) -> Launch:
+    N: int, C: int, HW: int, groups: int, dtype: torch.dtype, channels_last: bool, arch: int,
+    split: bool = False, block_hw: int = 0, programs: int = TARGET_PROGRAMS,  # for tuning
+) -> Launch:  # fmt: skip
     """The launch for a shape. Pure: needs no GPU. arch is 80, 90, ...
 
     dtype and arch do not change the choice: tiles are bounded by fp32 registers, whose number per
@@ -90,7 +91,7 @@ def select(
     odd = 1 if align > 1 or (HW % VECTOR == 0 and not channels_last) else 2
     block_c = max(4, triton.next_power_of_2(width))
     tile = max(MIN_TILE, block_c * triton.next_power_of_2(HW))
-    if block_c <= MAX_BLOCK_C and tile * odd <= MAX_TILE:
+    if not split and block_c <= MAX_BLOCK_C and tile * odd <= MAX_TILE:
         return Launch("group", block_c, tile // block_c, _warps(tile * odd, 4), align)
     if channels_last:
         rows, most = N * triton.cdiv(C, LAST_BLOCK_C), LAST_MAX_SPLITS
@@ -98,9 +99,10 @@ def select(
     else:
         rows, most = N * C, max(1, MAX_PARTS // width)
         block_c = 1
-        block_hw = min(MAX_BLOCK_HW // odd, max(MIN_BLOCK_HW, triton.next_power_of_2(HW)))
+        widest = min(MAX_BLOCK_HW // odd, max(MIN_BLOCK_HW, triton.next_power_of_2(HW)))
+        block_hw = min(block_hw or widest, widest)
         warps = _warps(block_hw * odd, 1)
-    splits = min(most, triton.cdiv(TARGET_PROGRAMS, max(1, rows)), triton.cdiv(HW, block_hw))
+    splits = min(most, triton.cdiv(programs, max(1, rows)), triton.cdiv(HW, block_hw))
     span = triton.cdiv(triton.cdiv(HW, splits), block_hw) * block_hw
     return Launch("split", block_c, block_hw, warps, 1, triton.cdiv(HW, span), span)
 
@@ -473,15 +475,13 @@ def launch(
     eps: float,
     silu: bool,
     channels_last: bool,
+    plan: Launch | None = None,
 ) -> None:
-    """Writes `out`, laid out like x. The arguments were checked by fastdiff.ops.group_norm_silu."""
+    """Writes `out`, laid out like x, by `plan` or what `select` gives; the op has checked them."""
     N, C = x.shape[:2]
     HW = x.numel() // (N * C)
-    arch = 0
-    if x.is_cuda:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        arch = major * 10 + minor
-    plan = select(N, C, HW, groups, x.dtype, channels_last, arch)
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    plan = plan or select(N, C, HW, groups, x.dtype, channels_last, major * 10 + minor)
 
     given = (add, weight, bias, scale, shift)
     flags = {f: vector is not None for f, vector in zip(FLAGS, given, strict=True)}

@@ -21,6 +21,7 @@ a handful of kernels: its first, middle and last rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,20 @@ class LaunchPolicy:
         if small or state_bytes == 8 or num_registers > 4:
             return LaunchPolicy(block=512, num_warps=4)
         return LaunchPolicy(block=1024, num_warps=4)
+
+    @staticmethod
+    def candidates(
+        per_image: int, state_bytes: int, num_registers: int
+    ) -> tuple[LaunchPolicy, ...]:
+        """`select`'s choice, then what tuning tries beside it.
+
+        4 elements per thread, or 8 where two loads fit. The compile check has all of them for the
+        rows that need most registers, which hardly depend on the number of warps.
+        """
+        chosen = LaunchPolicy.select(per_image, state_bytes, num_registers)
+        loads = (4, 8) if state_bytes < 8 and num_registers <= 4 else (4,)
+        others = (LaunchPolicy(32 * warps * load, warps) for load in loads for warps in (2, 4, 8))
+        return (chosen, *(policy for policy in others if policy != chosen))
 
 
 @dataclass(frozen=True)
@@ -367,6 +382,7 @@ def solver_step(
     draw: int = 0,
     copies: int = 1,
     channels: int = 1,
+    policy: LaunchPolicy | None = None,
 ) -> None:
     """Launches one row, in place on ``registers`` and ``model_input``.
 
@@ -376,6 +392,7 @@ def solver_step(
     coef: the packed row in the registers' dtype on their device. noise: like a register, or None.
     seeds: int64 [images]; drawn from Philox when ``noise`` is None. channels: 1 for contiguous
     registers, C for channels-last ones (the noise is numbered in contiguous order).
+    policy: one of `LaunchPolicy.candidates`; None: what `select` gives.
 
     Raises ValueError when a row that uses noise gets neither noise nor seeds.
     """
@@ -385,7 +402,7 @@ def solver_step(
     if structure.uses_noise and noise is None and seeds is None:
         raise ValueError("noise or seeds must be given for a row that uses noise, got neither")
     images, per_image = x.shape[0], x[0].numel()
-    policy = LaunchPolicy.select(per_image, x.element_size(), structure.num_registers)
+    policy = policy or LaunchPolicy.select(per_image, x.element_size(), structure.num_registers)
     padded = [*registers, *([x] * (MAX_REGISTERS - len(registers)))]
     philox = structure.uses_noise and noise is None
     options: dict[str, Any] = structure.constexprs(model_input is not None)
@@ -419,10 +436,13 @@ _AOT_ROWS = {
     "2M first": RowStructure(2, 0, 0, 3, (0x101, 0x100), (0, 1)),
     "2M middle": RowStructure(2, 0, 0, 3, (0x103, 0x100), (0, 1)),
     "2M last": RowStructure(2, 0, -1, 3, (0x103,), (0,)),
+    # The most that takes the wide block.
+    "four registers": RowStructure(4, 0, 0, 3, (0x30F, 0x30F, 0x30F, 0x30F), (0, 1, 2, 3)),
     "full width": RowStructure(8, 0, 0, 3, (0x3FF, 0x3FF, 0x3FF, 0x3FF), (0, 1, 2, 3)),
 }
 
 
+_AOT_HUNGRIEST = ("four registers", "full width")
 _AOT_TYPES = (("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("fp64", "fp64"))
 _AOT_INTEGERS = ("draw", "per_image", "images", "channels")
 
@@ -431,12 +451,16 @@ def aot_configs() -> Iterator[dict[str, Any]]:
     """Launches to compile ahead of time, in the terms of fastdiff.ops.AotConfig."""
     for name, structure in _AOT_ROWS.items():
         for state, model in _AOT_TYPES:
-            for guided, last in ((0, 0), (1, 0), (1, 1)):
+            size = 8 if state == "fp64" else 4
+            # The blocks of small and of large states; of the hungriest rows, all candidates.
+            policies = {LaunchPolicy.select(n, size, structure.num_registers) for n in (1, 1 << 24)}
+            if name in _AOT_HUNGRIEST and model in ("bf16", "fp64"):
+                policies |= set(LaunchPolicy.candidates(1, size, structure.num_registers))
+            for (guided, last), policy in itertools.product(
+                ((0, 0), (1, 0), (1, 1)), sorted(policies, key=lambda p: (-p.block, p.num_warps))
+            ):
                 if last and not structure.uses_noise:
                     continue
-                # The larger block: more registers a thread.
-                size = 8 if state == "fp64" else 4
-                policy = LaunchPolicy.select(1 << 24, size, structure.num_registers)
                 constexprs = {
                     **structure.constexprs(True),
                     "PHILOX": int(structure.uses_noise),
@@ -452,7 +476,9 @@ def aot_configs() -> Iterator[dict[str, Any]]:
                 signature = {argument: types.get(argument, f"*{state}") for argument in names}
                 options = {"num_warps": policy.num_warps, "enable_fp_fusion": False}
                 kind = f"{'guided ' * guided}{'channels last ' * last}"
-                label = f"{name} {state}/{model} {kind}BLOCK={policy.block}"
+                label = (
+                    f"{name} {state}/{model} {kind}BLOCK={policy.block} warps={policy.num_warps}"
+                )
                 yield {
                     "kernel": solver_step_kernel,
                     "signature": signature,

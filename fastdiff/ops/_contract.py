@@ -20,11 +20,14 @@ choice between implementations cannot be traced, and what is around it is fused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from fastdiff.hardware import ARCHITECTURES
+from fastdiff.tuning import Choice, Key
 
 _LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
 
@@ -85,7 +88,8 @@ class AotConfig:
 
     multiples_of_16: the integer arguments compiled as such; wide loads need them.
     architectures: where the launch policy uses it; empty for everywhere.
-    instruction: what the compiled code must hold, such as "HGMMA"; "" for nothing particular.
+    tensor_cores: for an architecture, the SASS instruction that must be there, without its form:
+        {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}. A kernel with `tl.dot` says so here.
     """
 
     kernel: Any
@@ -95,7 +99,27 @@ class AotConfig:
     label: str
     multiples_of_16: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ()
-    instruction: str = ""
+    tensor_cores: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def archs(self) -> tuple[int, ...]:
+        """The architectures it is compiled for."""
+        return self.architectures or ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `python -m fastdiff.tune` needs to know of an op's Triton launches.
+
+    example: of a shape and the options of ``--set``; ValueError for a shape it cannot have.
+    key, candidates: of a call's arguments. The candidates are (choice, launch) pairs, `select`'s
+        first, of which every one is compiled ahead of time; a choice is a flat dict of numbers and
+        strings that does not depend on the shape.
+    """
+
+    example: Callable[..., Example]
+    key: Callable[..., Key]
+    candidates: Callable[..., Sequence[tuple[Choice, Any]]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +138,7 @@ class Op:
     samples: awkward cases for the conformance tests.
     bytes_moved, flops: of a call, counting every input and output once.
     aot: the launch configurations to compile ahead of time, or None when there is no Triton kernel.
+    tuning: how its launches are tuned on the user's GPU, or None when there is nothing to choose.
     numerics: the numerical contract. "bounded": the error against float64 is at most twice that of
         the reference in the same dtype, plus rounding. "exact": the reference's bits.
     """
@@ -132,6 +157,7 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     numerics: str = "bounded"
     prefer: Callable[..., str] | None = None
+    tuning: Tuning | None = None
 
     def implementation_names(self) -> tuple[str, ...]:
         """Every value ``impl`` takes besides "auto"."""

@@ -7,14 +7,17 @@ Diffusion) or as scale and shift (ADM, https://arxiv.org/abs/2105.05233, adaptiv
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
+from fastdiff import tuning
 from fastdiff._ext import DTYPE_CODES, ext, ext_status
 from fastdiff.environment import interpreting
-from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
+from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, Tuning, register
 
 Tensor = torch.Tensor
 ACTIVATIONS = ("none", "silu")
@@ -223,10 +226,51 @@ def _triton(
     if x.numel():
         channels_last = memory_layout(x) == "channels_last"
         rows = (add, scale, shift)
-        kernels.launch(
-            x, out, num_groups, weight, bias, *rows, eps, activation == "silu", channels_last
-        )
+        plan = None
+        if tuning.active():
+            key = _tuning_key(x, num_groups)
+            plan = tuning.plan(OP.name, key, lambda: _tuning_candidates(x, num_groups))
+        silu = activation == "silu"
+        kernels.launch(x, out, num_groups, weight, bias, *rows, eps, silu, channels_last, plan)
     return out
+
+
+def _tuning_key(x: Tensor, num_groups: int, *_args, **_kwargs) -> tuning.Key:
+    batch, channels, pixels = x.shape[0], x.shape[1], x[:1, :1].numel()
+    exact = (
+        ("groups", num_groups),
+        ("channels_last", memory_layout(x) == "channels_last"),
+        ("odd", pixels % 16 != 0),
+    )
+    return tuning.Key(x.device, x.dtype, (("N", batch), ("C", channels), ("HW", pixels)), exact)
+
+
+def _tuning_candidates(
+    x: Tensor, num_groups: int, *_args, **_kwargs
+) -> Sequence[tuple[tuning.Choice, Any]]:
+    """A group in registers where it fits, and the split way with smaller blocks, more or fewer
+    parts."""
+    from fastdiff.kernels import group_norm_silu as kernels
+
+    last = memory_layout(x) == "channels_last"
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    shape = (x.shape[0], x.shape[1], x[:1, :1].numel(), num_groups, x.dtype, last)
+    chosen = kernels.select(*shape, 10 * major + minor)
+    plans = [(kernels.TARGET_PROGRAMS, chosen)]
+    blocks = [kernels.MAX_BLOCK_HW]
+    while not last and blocks[-1] > kernels.MIN_BLOCK_HW:
+        blocks.append(blocks[-1] // 2)
+    for block_hw, programs in itertools.product(blocks, (2048, 1024, 4096)):
+        plan = kernels.select(*shape, 10 * major + minor, True, block_hw, programs)
+        if all(plan != known for _, known in plans):
+            plans.append((programs, plan))
+
+    def choice(programs: int, plan: Any) -> tuning.Choice:
+        if plan.kind == "group":
+            return {"kind": "group"}
+        return {"kind": "split", "block_hw": plan.block_hw, "programs": programs}
+
+    return [(choice(programs, plan), plan) for programs, plan in plans]
 
 
 def bytes_moved(x: Tensor, num_groups: int, *args, **kwargs) -> int:
@@ -336,6 +380,12 @@ def _aot() -> Iterable[AotConfig]:
     return (AotConfig(**config) for config in kernels.aot_configs())
 
 
+def _example_of_shape(
+    shape: tuple[int, ...], groups: int = 32, channels_last: bool = False
+) -> Example:
+    return example(f"{shape}", shape, groups, channels_last=channels_last)
+
+
 OP = register(
     Op(
         name="group_norm_silu",
@@ -354,6 +404,7 @@ OP = register(
         bytes_moved=bytes_moved,
         flops=flops,
         aot=_aot,
+        tuning=Tuning(_example_of_shape, _tuning_key, _tuning_candidates),
     )
 )
 

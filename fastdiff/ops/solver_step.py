@@ -14,6 +14,7 @@ The loop of ``fastdiff.sample`` runs the same kernels in place; see fastdiff/sol
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fastdiff import tuning
 from fastdiff._ext import DTYPE_CODES, ext, ext_status
 from fastdiff._philox import device_seeds, reference_normal
 from fastdiff.environment import interpreting
-from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, register
+from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, Tuning, register
 
 Tensor = torch.Tensor
 MAX_REGISTERS = 8
@@ -332,6 +334,10 @@ def _triton(*args: Any, **kwargs: Any) -> Tensor:
     if out.numel():
         structure, coef = _triton_row(_Row.of(step), out.dtype, out.device)
         seeds = None if step.seeds is None else device_seeds(tuple(step.seeds), out.device)
+        policy = None
+        if tuning.active():
+            key = _tuning_key(*args, **kwargs)
+            policy = tuning.plan(OP.name, key, lambda: _tuning_candidates(*args, **kwargs))
         kernels.solver_step(
             structure,
             [*step.registers.unbind(0), *out.unbind(0)],
@@ -343,8 +349,31 @@ def _triton(*args: Any, **kwargs: Any) -> Tensor:
             seeds=seeds,
             draw=step.draw,
             channels=_channels(step),
+            policy=policy,
         )
     return out
+
+
+def _tuning_key(*args: Any, **kwargs: Any) -> tuning.Key:
+    step = Step(*args, **kwargs)
+    x = step.registers[0]
+    sizes = (("images", x.shape[0]), ("per_image", x[0].numel()))
+    exact = (
+        ("registers", step.registers.shape[0] + len(step.updates)),
+        ("output_bytes", step.output.element_size()),
+        ("guided", step.uncond is not None),
+        ("drawn", step.uses_noise and step.noise is None),
+    )
+    return tuning.Key(x.device, x.dtype, sizes, exact)
+
+
+def _tuning_candidates(*args: Any, **kwargs: Any) -> Sequence[tuple[tuning.Choice, Any]]:
+    from fastdiff.kernels.solver_step import LaunchPolicy
+
+    step = Step(*args, **kwargs)
+    x, registers = step.registers[0], step.registers.shape[0] + len(step.updates)
+    policies = LaunchPolicy.candidates(x[0].numel(), x.element_size(), registers)
+    return [(dataclasses.asdict(policy), policy) for policy in policies]
 
 
 def bytes_moved(*args: Any, **kwargs: Any) -> int:
@@ -470,6 +499,17 @@ def _aot() -> Iterable[AotConfig]:
     return (AotConfig(**config) for config in kernels.aot_configs())
 
 
+def _example_of_shape(
+    shape: tuple[int, ...], row: str = "DPM++ 2M", guided: bool = False, noise: str = ""
+) -> Example:
+    if row not in ROWS:
+        raise ValueError(f"row must be one of {', '.join(ROWS)}, got {row!r}")
+    if row == "DDPM" and not noise:
+        noise = "seeds"
+    guidance_scale = 7.5 if guided else None
+    return example(f"{shape}", row, shape, guidance_scale=guidance_scale, noise=noise)
+
+
 OP = register(
     Op(
         name="solver_step",
@@ -489,6 +529,7 @@ OP = register(
         bytes_moved=bytes_moved,
         flops=flops,
         aot=_aot,
+        tuning=Tuning(_example_of_shape, _tuning_key, _tuning_candidates),
         numerics="exact",
     )
 )
