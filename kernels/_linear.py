@@ -249,4 +249,14 @@ def _config(
         "options": {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         "label": f"{kind} {tile} {dtype}{what} sm_{architectures[0]}",
         "multiples_of_16": known, "architectures": architectures,
+        "tensor_cores": products("bf16", architectures) if aligned and dtype == "bf16"
+        and plan.block_m >= 64 else {},
     }  # fmt: skip
+
+
+def products(kind: str, architectures: tuple[int, ...]) -> dict[int, str]:
+    """The instruction that a tile of 64 rows or more compiles to: "bf16" or "fp8"."""
+    names = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+    if kind == "fp8":
+        names = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
+    return {arch: names[arch] for arch in architectures if arch in names}

@@ -34,6 +34,7 @@ from fastdiff.kernels._linear import (
     MAX_STAGES,
     SHARED,
     Launch,
+    products,
     tile_of,
 )
 
@@ -211,6 +212,8 @@ def aot_configs() -> Iterator[dict[str, Any]]:
                         "options": {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
                         "label": f"{kind} {tile} stages {plan.num_stages} sm_{family}",
                         "architectures": architectures,
+                        "tensor_cores": products("fp8" if fp8 else "bf16", architectures)
+                        if plan.block_m >= 64 else {},
                     }  # fmt: skip
     constants = {"LARGEST": LARGEST, "BLOCK": QUANTIZE_BLOCK}
     signature = dict.fromkeys(_quantize_kernel.arg_names, "i32")
