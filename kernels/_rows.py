@@ -28,7 +28,8 @@ MIN_MAIN = 64
 MIN_SPLIT = 256  # the main tile of the narrowest row that has a tail: 16 bytes of bf16 per lane
 VECTOR = 16  # Triton loads 16 bytes at once where strides are known to be multiples of 16
 # One warp reduces a row of up to 1024 + 512 elements with shuffles alone, and 32 to 48 fp32 values
-# per lane leave room for the modulation. 32 such warps keep 64 KB of bf16 in flight on an SM.
+# per lane leave room for the modulation. The 16 such warps or more that the registers of an SM hold
+# keep 32 KB of bf16 in flight.
 MANY = 32
 # Where that would leave most of the GPU idle, rows are spread over more warps: a quarter of the
 # elements per lane, a quarter of the instructions between the load and the store.
@@ -69,11 +70,11 @@ def _tiles(C: int) -> tuple[int, int, bool]:
 
 def _plan(main: int, tail: int, exact: bool, per_lane: int) -> Launch:
     """Half as many elements per lane for odd widths, which take an address for every element, and
-    for several rows, whose modulation may differ: in fp32 there would be too few registers. With a
-    tail it is one row: two tiles of several rows would be laid out differently, and pass through
-    shared memory to meet."""
+    for several rows, whose modulation may differ: in fp32 there would be too few registers; the
+    same for more than 4096 elements with a tail (a spill on sm_100). With a tail it is one row: two
+    tiles of several rows would be laid out differently, and pass through shared memory to meet."""
     tile = 32 * per_lane
-    if not exact or (main < tile and per_lane > FEW):
+    if not exact or (per_lane > FEW and (main < tile or (tail and main == 4096))):
         tile //= 2
     rows = 1 if tail else max(1, tile // main)
     return Launch(rows, main, tail, exact, min(MAX_WARPS, max(1, main // tile)))
