@@ -133,6 +133,8 @@ def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int
         return 128, 64, (4 if width <= 32 else 8), stages
     if width <= 160:
         return (128 if rows == 128 else 64), 32, (8 if rows == 128 else 4), stages
+    if width <= 192:  # two accumulators of unlike widths: 64 rows spill
+        return 32, 32, 8, 2
     return 64, 32, 8, (2 if arch == 80 else 1)
 
 
@@ -345,11 +347,14 @@ def aot_configs() -> Iterator[dict[str, Any]]:
         for D in HEAD_DIMS:
             if dtype == "fp32" and D > MAX_FP32_HEAD_DIM:
                 continue
+            # Keyed by label: small and large tiles are the same for some widths.
+            found = {}
             for arch in SMS:
                 for rows in (64, FEW) if dtype == "fp32" else (128, 64, FEW):
-                    kinds = ("plain", "joint", "masked") if rows == 128 else ("joint",)
-                    for kind in kinds:
-                        yield _attention_config(D, rows, dtype, arch, kind)
+                    for kind in ("plain", "joint", "masked") if rows == 128 else ("joint",):
+                        config = _attention_config(D, rows, dtype, arch, kind)
+                        found[config["label"]] = config
+            yield from found.values()
             yield from _other_configs(D, dtype)
 
 
