@@ -23,7 +23,8 @@ Exact fit: a head dimension is two power-of-two pieces (40 = 32 + 16, of which 8
 next power of two.
 
 fp32 scores, softmax and accumulators; probabilities are rounded to v's dtype for the second
-product, as the tensor cores take them. fp32 inputs multiply as three TF32 products (tf32x3).
+product, as the tensor cores take them. fp32 inputs multiply as three TF32 products (tf32x3),
+in one piece.
 
 Limits: D from 8 to 256 in steps of 8, in fp32 to 128 (wider spills at the smallest tile); a row
 stride below 2^24 elements; S, B * H and the number of programs below 2^31. Offsets of images, heads
@@ -81,11 +82,12 @@ COMBINE_BLOCK_M = 16
 PREPARE_BLOCK_N = 32
 
 
-def pieces(head_dim: int) -> tuple[int, int]:
-    """The two power-of-two pieces of a head dimension; the second is 0 where one does as well."""
+def pieces(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+    """The two power-of-two pieces of a head dimension; the second is 0 where one does as well, and
+    for fp32, whose three products each spill when there are two of them."""
     whole = max(MIN_PIECE, triton.next_power_of_2(head_dim))
     first = whole // 2
-    if head_dim <= first or first < MIN_PIECE:
+    if dtype == torch.float32 or head_dim <= first or first < MIN_PIECE:
         return whole, 0
     second = max(MIN_PIECE, triton.next_power_of_2(head_dim - first))
     return (first, second) if first + second < whole else (whole, 0)
@@ -97,7 +99,7 @@ def select(B: int, H: int, Sq: int, Sk: int, D: int, dtype: torch.dtype, arch: i
     arch is 80, 89, 90, 100 or what lies between, which takes the one below; 0 for the interpreter.
     """
     arch = max((kind for kind in SMS if kind <= arch), default=80)
-    d0, d1 = pieces(D)
+    d0, d1 = pieces(D, dtype)
     wide = B * H * triton.cdiv(Sq, 128) >= SMS[arch]  # 128 queries a program fill the GPU
     rows = FEW if Sq <= FEW else (128 if wide and Sq > 64 else 64)
     block_m, block_n, warps, stages = tile(d0 + d1, rows, dtype, arch)
@@ -133,6 +135,8 @@ def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int
         return 128, 64, (4 if width <= 32 else 8), stages
     if width <= 160:
         return (128 if rows == 128 else 64), 32, (8 if rows == 128 else 4), stages
+    if width <= 192:  # two accumulators of unlike widths: 64 rows spill
+        return 32, 32, 8, 2
     return 64, 32, 8, (2 if arch == 80 else 1)
 
 
@@ -140,7 +144,7 @@ def _tile_fp32(width: int, rows: int) -> tuple[int, int, int, int]:
     """Three TF32 products keep both halves of both operands in registers."""
     if rows == FEW or width > 64:
         return FEW, 32, 4, 1
-    return (64 if width <= 48 else 32), 32, 4, 2
+    return (64 if width <= 32 else 32), 32, 4, 2
 
 
 def fit(head_dim: int) -> tuple[int, int, float]:
@@ -313,8 +317,10 @@ def precision(dtype: torch.dtype, interpreted: bool = False) -> str:
 
 # --- ahead of time --------------------------------------------------------------------------------
 
-# One head dimension of every pair of pieces, the one that masks most columns.
+# One head dimension of every pair of pieces, the one that masks most columns; in fp32, where every
+# one is one piece, the ones of ONE_PIECE are like 40 and 72.
 HEAD_DIMS = (40, 8, 24, 64, 72, 88, 128, 136, 152, 184, 256)
+ONE_PIECE = (64, 88, 128)
 _POINTERS = {
     "part_ptr": "fp32", "lse_ptr": "fp32", "part_lse_ptr": "fp32", "lengths_ptr": "i64",
     "extra_lengths_ptr": "i64", "mask_ptr": "u8", "cos_ptr": "fp32", "sin_ptr": "fp32",
@@ -343,13 +349,16 @@ def aot_configs() -> Iterator[dict[str, Any]]:
     has the most code."""
     for dtype in DTYPES:
         for D in HEAD_DIMS:
-            if dtype == "fp32" and D > MAX_FP32_HEAD_DIM:
+            if dtype == "fp32" and (D > MAX_FP32_HEAD_DIM or D in ONE_PIECE):
                 continue
+            # Keyed by label: small and large tiles are the same for some widths.
+            found = {}
             for arch in SMS:
                 for rows in (64, FEW) if dtype == "fp32" else (128, 64, FEW):
-                    kinds = ("plain", "joint", "masked") if rows == 128 else ("joint",)
-                    for kind in kinds:
-                        yield _attention_config(D, rows, dtype, arch, kind)
+                    for kind in ("plain", "joint", "masked") if rows == 128 else ("joint",):
+                        config = _attention_config(D, rows, dtype, arch, kind)
+                        found[config["label"]] = config
+            yield from found.values()
             yield from _other_configs(D, dtype)
 
 
@@ -366,7 +375,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, 
 
 
 def _attention_config(D: int, rows: int, dtype: str, arch: int, kind: str) -> dict[str, Any]:
-    d0, d1 = pieces(D)
+    d0, d1 = pieces(D, DTYPES[dtype])
     block_m, block_n, warps, stages = tile(d0 + d1, rows, DTYPES[dtype], arch)
     product = opcode(arch, block_m, DTYPES[dtype])
     prepared = select(1, 1, 1, 1, D, DTYPES[dtype], arch).prepare_q
@@ -392,7 +401,7 @@ def _attention_config(D: int, rows: int, dtype: str, arch: int, kind: str) -> di
 
 def _other_configs(D: int, dtype: str) -> Iterator[dict[str, Any]]:
     """prepare_kernel and combine_kernel, the same on every architecture."""
-    d0, d1 = pieces(D)
+    d0, d1 = pieces(D, DTYPES[dtype])
     PRECISION = precision(DTYPES[dtype])
     prepare = {
         "NORM": "layer", "HAS_WEIGHT": True, "ROPE": True, "HEAD_DIM": D, "D0": d0, "D1": d1,

@@ -234,7 +234,8 @@ def test_launch_policy_is_compiled_and_covers() -> None:
                     plan = kernels.select(B, 8, Sq, Sk, D, dtype, arch)
                     kind = max(a for a in kernels.SMS if a <= arch)
                     tile = (plan.block_m, plan.block_n, plan.num_warps, plan.stages)
-                    assert (kind, dtype == torch.float32, d0, d1, *tile) in compiled
+                    assert (plan.d0, plan.d1) == kernels.pieces(D, dtype)
+                    assert (kind, dtype == torch.float32, plan.d0, plan.d1, *tile) in compiled
                     assert 1 <= plan.splits <= kernels.MAX_SPLITS
                     assert plan.splits == 1 or Sk > plan.splits * plan.block_n
     assert kernels.select(1, 1, 1, 10**6, 64, torch.float16, 90).splits > 8
