@@ -61,7 +61,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 aot: $(VENV)/.dev
-	$(BIN)/python -m fastdiff.aot
+	$(BIN)/python -m fastdiff.aot $(AOT)
 
 kernel-report: $(VENV)/.dev
 	$(BIN)/python -m fastdiff.kernel_report
