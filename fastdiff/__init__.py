@@ -3,6 +3,7 @@
 Public names::
 
     fastdiff.sample(model, ...)     draw samples with any solver, as one table-driven loop
+    fastdiff.compile(model)         the same model, fused, without what a step does not change
     fastdiff.load(name_or_path)     a model of the zoo with its weights
     fastdiff.ops                    the fused operators, also as torch.ops.fastdiff.*
     fastdiff.sampling               guidance, hooks and what else a run can be given
@@ -21,18 +22,31 @@ from fastdiff._version import __version__
 
 if TYPE_CHECKING:
     from fastdiff import models, ops, sampling, solvers
+    from fastdiff.compiler import compile, uncompile
     from fastdiff.models import load
     from fastdiff.sampling import sample
 
-__all__ = ["__version__", "load", "models", "ops", "sample", "sampling", "solvers"]
+__all__ = [
+    "__version__",
+    "compile",
+    "load",
+    "models",
+    "ops",
+    "sample",
+    "sampling",
+    "solvers",
+    "uncompile",
+]
 
 # name -> (module, attribute of it or None for the module itself); resolved on first use.
 _LAZY: dict[str, tuple[str, str | None]] = {
+    "compile": ("fastdiff.compiler", "compile"),
     "load": ("fastdiff.models", "load"),
     "models": ("fastdiff.models", None),
     "sample": ("fastdiff.sampling", "sample"),
     "sampling": ("fastdiff.sampling", None),
     "solvers": ("fastdiff.solvers", None),
+    "uncompile": ("fastdiff.compiler", "uncompile"),
 }
 
 
