@@ -194,7 +194,7 @@ def aot_configs() -> Iterator[dict[str, Any]]:
             for M, N in SHAPES:
                 for even in (True, False):
                     plan = select(M, N, 1024, fp8, family)
-                    constants = {
+                    constants: dict[str, Any] = {
                         "FP8": fp8, "HAS_BIAS": True, "EVEN_K": even, "BLOCK_M": plan.block_m,
                         "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k,
                     }  # fmt: skip
