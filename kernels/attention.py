@@ -116,10 +116,10 @@ def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int
     if dtype == torch.float32:
         return _tile_fp32(width, rows)
     if rows == FEW:  # more rows would multiply zeros; bound by loading the keys
-        return FEW, 32, 4, (3 if width <= 128 else 2)
+        return FEW, (32 if width <= 128 else 16), 4, (3 if width <= 128 else 2)
     if arch >= 90:
         # A warpgroup multiplies 64 rows at a time; with 128, two of them share each key block.
-        if rows == 64:
+        if rows == 64 or (width > 192 and arch >= 100):
             return 64, (64 if width <= 128 else 32), (4 if width <= 192 else 8), 2
         if width <= 64:
             return 128, 128, 8, 3
@@ -129,7 +129,7 @@ def tile(width: int, rows: int, dtype: torch.dtype, arch: int) -> tuple[int, int
     # HMMA keeps accumulators, scores and both operands in registers; sm_89 has 99 KiB of shared
     # memory where sm_80 has 163.
     stages = 3 if arch == 80 and width <= 128 else 2
-    if rows == 64 and width <= 128:
+    if rows == 64 and width <= 96:
         return 64, 64, 4, 2
     if width <= 96:
         return 128, 64, (4 if width <= 32 else 8), stages
