@@ -8,6 +8,7 @@ GPU, or lacks the tensor-core instruction it is expected to have. Needs Triton w
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 
@@ -29,15 +30,23 @@ def _widest() -> list[int]:
 
 
 def _each(jobs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """One job of every configuration, and all of the widest."""
-    widest = set(_widest())
-    of_config: dict[int, list[int]] = {}
+    """One job of every configuration, and all of the widest.
+
+    Configurations of one architecture each, the same but for that, count as one.
+    """
+    widest, configs = set(_widest()), all_configs()
+
+    def name(index: int) -> str:
+        return re.sub(r" sm_\d+$", "", configs[index].label)
+
+    of_config: dict[str, list[int]] = {}
     for index, arch in jobs:
-        of_config.setdefault(index, []).append(arch)
+        of_config.setdefault(name(index), []).append(arch)
     return [
         (index, arch)
         for index, arch in jobs
-        if index in widest or arch == (90 if 90 in of_config[index] else of_config[index][-1])
+        if index in widest
+        or arch == (90 if 90 in of_config[name(index)] else max(of_config[name(index)]))
     ]
 
 
