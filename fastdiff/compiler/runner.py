@@ -72,7 +72,7 @@ class Kept:
     def nbytes(self) -> int:
         """Bytes of the kept results."""
         with self._lock:
-            kept = [r for results, _ in self._entries.values() for r in results]
+            kept = torch.utils._pytree.tree_leaves([entry[0] for entry in self._entries.values()])
         return sum(r.numel() * r.element_size() for r in kept if isinstance(r, Tensor))
 
 

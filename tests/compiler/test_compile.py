@@ -301,7 +301,7 @@ def test_uncompiling_leaves_nothing_behind():
         weakref.ref(tensor)
         for kept in kept_results(model).values()
         for results, _ in kept._entries.values()
-        for tensor in results
+        for tensor in torch.utils._pytree.tree_leaves(results)
     ]
     gone = weakref.ref(model._compiled_call_impl)
     assert held

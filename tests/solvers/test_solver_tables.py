@@ -152,8 +152,8 @@ def test_noise_free_end_returns_the_prediction_itself():
         if solver.startswith("dpm_"):
             zero = {}  # noise prediction has no step to the clean sample
         table = make_table(solver, "linear", 4, **zero)
-        if table.prediction != "x0":
-            continue
+        if table.prediction != "x0" or solver == "best_linear":
+            continue  # which has a better estimate of x0 than the last prediction alone
         ended += 1
         last = table.rows[-1].updates[0]
         assert last.from_prediction == 1.0
