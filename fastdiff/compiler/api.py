@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fastdiff.compiler.compiled import Compiled
+from fastdiff.compiler.cuda_graphs import MAX_BYTES, Pool
 from fastdiff.compiler.report import Report
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def compile(
-    model: Module, *, roles: Mapping[str, str] | None = None, max_graphs: int = 8
+    model: Module,
+    *,
+    roles: Mapping[str, str] | None = None,
+    max_graphs: int = 8,
+    cuda_graphs: bool = True,
+    max_graph_bytes: int = MAX_BYTES,
 ) -> Module:
     """The same model, whose calls run fused and without repeating what a step does not change.
 
@@ -26,17 +32,27 @@ def compile(
     roles: for arguments of ``forward`` that do not have a usual name: "sample" (different in every
         step), "time", or "condition" (the same over a run, the default).
     max_graphs: how many sets of shapes are kept.
+    cuda_graphs: on a CUDA device, replay the programs as CUDA graphs, from the second call on; the
+        results have memory of their own.
+    max_graph_bytes: what the CUDA graphs of the model may take together; the least recently used
+        are recorded again when they are needed.
 
-    Raises TypeError for something else than a module, ValueError for bad roles. ``report(model)``
-    says what was done.
+    Raises TypeError for something else than a module, ValueError for bad roles and bounds.
+    ``report(model)`` says what was done.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(max_graphs, bool) or not isinstance(max_graphs, int) or max_graphs < 1:
-        raise ValueError(f"max_graphs must be an integer of at least 1, got {max_graphs}")
+    _at_least("max_graphs", max_graphs, 1)
+    _at_least("max_graph_bytes", max_graph_bytes, 0)
+    pool = Pool(max_bytes=max_graph_bytes) if cuda_graphs else None
     # nn.Module keeps this out of copies and pickles.
-    model._compiled_call_impl = Compiled(model, roles, max_graphs)  # type: ignore[assignment]
+    model._compiled_call_impl = Compiled(model, roles, max_graphs, pool)  # type: ignore[assignment]
     return model
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def uncompile(model: Module) -> Module:

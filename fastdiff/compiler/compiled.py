@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastdiff.compiler.graph import functionalise, is_tensor, name_of
+from fastdiff.compiler.cuda_graphs import Pool
+from fastdiff.compiler.functional import functionalise
+from fastdiff.compiler.graph import is_tensor, name_of
 from fastdiff.compiler.passes import PASSES
 from fastdiff.compiler.report import LEFT, GraphReport, Report
 from fastdiff.compiler.runner import Runner, fake_flops
@@ -73,12 +75,17 @@ class Compiled:
     """
 
     def __init__(
-        self, model: nn.Module, roles: Mapping[str, str] | None = None, max_graphs: int = 8
+        self,
+        model: nn.Module,
+        roles: Mapping[str, str] | None = None,
+        max_graphs: int = 8,
+        pool: Pool | None = None,
     ) -> None:
         self.model = model
         self.signature = inspect.signature(model.forward)
         self.roles = roles_of(model, roles)
         self.max_graphs = max_graphs
+        self.pool = pool
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._eager: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -130,9 +137,10 @@ class Compiled:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(self.roles)
+                entry = self._entries[key] = _Entry(self.roles, self.pool)
                 while len(self._entries) > self.max_graphs:
-                    self._entries.popitem(last=False)
+                    _, oldest = self._entries.popitem(last=False)
+                    oldest.forget()
             else:
                 self._entries.move_to_end(key)
         return entry
@@ -141,6 +149,8 @@ class Compiled:
         """Forgets all graphs and all kept results."""
         with self._lock:
             self._entries.clear()
+            if self.pool is not None:
+                self.pool.clear()
 
     def report(self) -> Report:
         """What was captured, fused, hoisted, and what was not, with reasons."""
@@ -182,8 +192,8 @@ class _Entry:
     PyTorch counts recompilations per code object, and gives up after a few; shapes must not.
     """
 
-    def __init__(self, roles: dict[str, str]) -> None:
-        self._roles = roles
+    def __init__(self, roles: dict[str, str], pool: Pool | None) -> None:
+        self._roles, self._pool = roles, pool
         self.graphs: list[_Graph] = []
         self.runners: list[Runner] = []
         own = types.FunctionType(
@@ -198,10 +208,16 @@ class _Entry:
         return self._function(model, inputs)
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
-        graph = _Graph(module, self._roles, time.perf_counter() - (self._started or 0.0))
+        seconds = time.perf_counter() - (self._started or 0.0)
+        graph = _Graph(module, self._roles, seconds, self._pool)
         self.graphs.append(graph)
         self.runners.append(graph.runner)
         return graph.runner
+
+    def forget(self) -> None:
+        """Drops kept results and CUDA graphs; a thread that still runs it makes them again."""
+        for runner in self.runners:
+            runner.clear()
 
 
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -211,12 +227,15 @@ def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
 class _Graph:
     """A captured graph, fused and split."""
 
-    def __init__(self, module: fx.GraphModule, roles: dict[str, str], seconds: float) -> None:
+    def __init__(
+        self, module: fx.GraphModule, roles: dict[str, str], seconds: float, pool: Pool | None
+    ) -> None:
         graph = module.graph
         self._seconds = seconds
         started = time.perf_counter()
         self._before = len(graph.nodes)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        names = tuple(node.name for node in placeholders)
         of_input = {node.name: _role(node, roles) for node in placeholders}
         self._shapes = {
             _argument_name(node): tuple(node.meta["example_value"].shape)
@@ -227,7 +246,6 @@ class _Graph:
         self.fused: dict[str, int] = {}
         if self.why_whole:
             body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-            names = tuple(node.name for node in placeholders)
             programs = [Program("step", module, names, (), len(body))]
         else:
             tidy(graph)
@@ -238,7 +256,8 @@ class _Graph:
             programs = split(module, of_input)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
-        self.runner = Runner(programs, [node.name for node in placeholders], of_input)
+        # What changes its inputs must get the inputs themselves.
+        self.runner = Runner(programs, names, of_input, None if self.why_whole else pool)
         self._seconds += time.perf_counter() - started
 
     def finished(self) -> GraphReport:
@@ -252,6 +271,7 @@ class _Graph:
             {p.name: {"nodes": p.nodes, "flops": fake_flops(p)} for p in self.runner.programs},
             self._seconds,
             self.why_whole,
+            {name: g.facts() for name, g in self.runner.graphed.items()},
         )
 
 

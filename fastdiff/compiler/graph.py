@@ -6,26 +6,11 @@ Every node that is a tensor has a fake one in ``node.meta["example_value"]``.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-# What `x op= y` becomes.
-_IN_PLACE_OPERATORS: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-# Methods and functions whose result may share memory with their first argument.
-VIEWS = frozenset(
-    """view reshape transpose permute expand unsqueeze squeeze chunk split getitem t flatten
-    unflatten unbind contiguous to movedim narrow select detach type float half bfloat16 swapaxes mT
-    H T view_as expand_as reshape_as tensor_split diagonal unfold real imag""".split()  # noqa: SIM905
-)
 
 
 def name_of(node: fx.Node) -> str:
@@ -90,48 +75,3 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 def tensor_users(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """All users of all nodes."""
     return {user for node in nodes for user in node.users}
-
-
-def functionalise(graph: fx.Graph) -> str:
-    """Rewrites in-place operations where nothing else can see them; "" or what is left of them.
-
-    ``x += y`` on a tensor that is no input, no view and has no view becomes an addition.
-    """
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
-            target = node.args[0]
-            if not isinstance(target, fx.Node) or not is_tensor(target):
-                continue  # numbers
-            if target.op == "placeholder" or calls(target, *VIEWS):
-                return f"{name_of(node)} on an input or a view"
-            if any(calls(user, *VIEWS) for user in target.users):
-                return f"{name_of(node)} on a tensor with views"
-            if value_of(node).dtype != value_of(target).dtype:
-                return f"{name_of(node)} that changes the dtype"
-            node.target = _IN_PLACE_OPERATORS[node.target]
-            later = _after(graph, node)
-            target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
-        elif _mutates(node):
-            return f"{name_of(node)} in place"
-    return ""
-
-
-def _after(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:
-    nodes = list(graph.nodes)
-    return set(nodes[nodes.index(node) + 1 :])
-
-
-def _mutates(node: fx.Node) -> bool:
-    name = name_of(node)
-    if node.op not in ("call_method", "call_function"):
-        return False
-    if name in ("setitem", "copy_") or node.kwargs.get("out") is not None:
-        return True
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    return argument(node, 1, "inplace", False) is True and name in _INPLACE_FUNCTIONS
-
-
-_INPLACE_FUNCTIONS = frozenset(
-    ("silu", "relu", "leaky_relu", "elu", "hardswish", "mish", "relu6", "selu", "celu")
-)

@@ -16,6 +16,7 @@ class GraphReport:
     shapes: of the inputs. fused: places changed, by op. unfused: calls of PyTorch functions that
     a fusion looks for and that are still there. programs: name -> {"nodes", "flops"}.
     seconds: from the call to the captured graph. why_whole: why it was left as it was, or "".
+    cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -26,6 +27,7 @@ class GraphReport:
     programs: dict[str, dict[str, int]]
     seconds: float
     why_whole: str = ""
+    cuda_graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def hoisted(self) -> float:
@@ -69,6 +71,8 @@ class Report:
             lines.append(f"  not fused: {left or 'nothing'}")
             for name, facts in graph.programs.items():
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
+            for name, facts in graph.cuda_graphs.items():
+                lines.append(f"  CUDA graph of {name}: {_cuda_graph(facts)}")
             lines.append(f"  {graph.hoisted:.1%} of the FLOPs are not repeated in every step")
         for reason, count in self.eager.items():
             lines.append(f"ran as it is {count} times: {reason}")
@@ -77,3 +81,12 @@ class Report:
             f"computed {self.misses} times"
         )
         return "\n".join(lines)
+
+
+def _cuda_graph(facts: dict[str, Any]) -> str:
+    if facts["why_not"]:
+        return f"none, {facts['why_not']}"
+    return (
+        f"recorded {facts['recordings']} times, replayed {facts['replays']} times, "
+        f"{facts['bytes'] / 2**20:.1f} MiB"
+    )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.compiler.split import Program
+from fastdiff.compiler.cuda_graphs import Graphed, Pool
+from fastdiff.compiler.split import Program, is_random
 
 # How many results of a program are kept: prompts in use at once; the steps of a schedule.
 KEPT = {"weights": 1, "prompt": 4, "schedule": 256, "both": 256}
+# The programs that run again and again, where times cannot be compared by value: worth recording.
+REPEATED = ("schedule", "both", "step")
 # Times are compared by value up to this many elements where reading them costs nothing.
 SMALL = 64
 
@@ -26,8 +29,15 @@ class Kept:
     weight has changed, everything is forgotten.
     """
 
-    def __init__(self, program: Program, weights: Sequence[str], others: Sequence[str]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: Sequence[str],
+        others: Sequence[str],
+        run: Callable[..., Any] | None = None,
+    ) -> None:
         self.program, self.weights, self.others = program, tuple(weights), tuple(others)
+        self.run = program.module if run is None else run
         self.hits = self.misses = 0
         self._weights_key: tuple[Any, ...] | None = None
         self._held: tuple[Any, ...] = ()
@@ -52,9 +62,7 @@ class Kept:
                     self.hits += 1
                     return found[0]
         self.misses += 1
-        results: tuple[Any, ...] = self.program.module(
-            *(values[name] for name in self.program.inputs)
-        )
+        results: tuple[Any, ...] = self.run(*(values[name] for name in self.program.inputs))
         if known:
             with self._lock:
                 if weights_key == self._weights_key:
@@ -96,36 +104,53 @@ class Runner:
     """Calls the programs of one captured graph in order. Two threads may do so at once."""
 
     def __init__(
-        self, programs: Sequence[Program], placeholders: Sequence[str], roles: dict[str, str]
+        self,
+        programs: Sequence[Program],
+        placeholders: Sequence[str],
+        roles: dict[str, str],
+        pool: Pool | None = None,
     ) -> None:
         self.placeholders = tuple(placeholders)
         self.programs = tuple(programs)
         self.roles = roles
         made: dict[str, set[str]] = {}  # the placeholders each program's results come from
         self.kept: list[Kept] = []
+        self.graphed: dict[str, Graphed] = {}
         for program in programs:
             sources: set[str] = set()
             for name in program.inputs:
                 sources |= made.get(name, {name})
             for name in program.outputs:
                 made.setdefault(name, sources)
+            if pool is not None and program.name in REPEATED:
+                self.graphed[program.name] = _graphed(program, roles, pool)
             if program.name != "step":
                 ordered = [name for name in placeholders if name in sources]
                 weights = [name for name in ordered if roles[name] == "weights"]
                 others = [name for name in ordered if roles[name] != "weights"]
-                self.kept.append(Kept(program, weights, others))
+                run = self.graphed.get(program.name)
+                self.kept.append(Kept(program, weights, others, run))
         self.step = self.programs[-1]
+        self._run_step = self.graphed.get("step", self.step.module)
 
     def __call__(self, *args: Any) -> Any:
         values = dict(zip(self.placeholders, args, strict=True))
         for kept in self.kept:
             values.update(zip(kept.program.outputs, kept.results(values), strict=True))
-        return self.step.module(*(values[name] for name in self.step.inputs))
+        return self._run_step(*(values[name] for name in self.step.inputs))
 
     def clear(self) -> None:
-        """Forgets all kept results."""
+        """Forgets all kept results and CUDA graphs."""
         for kept in self.kept:
             kept.clear()
+        for graphed in self.graphed.values():
+            graphed.drop()
+
+
+def _graphed(program: Program, roles: dict[str, str], pool: Pool) -> Graphed:
+    fixed = [i for i, name in enumerate(program.inputs) if roles.get(name) == "weights"]
+    random = any(is_random(node) for node in program.module.graph.nodes)
+    return Graphed(program.module, fixed, pool, "it draws random numbers" if random else "")
 
 
 def fake_flops(program: Program) -> int:

@@ -59,7 +59,7 @@ def dependencies(graph: fx.Graph, roles: dict[str, str]) -> dict[fx.Node, frozen
     for node in graph.nodes:
         if node.op == "placeholder":
             found[node] = frozenset((roles[node.name],))
-        elif _is_random(node):
+        elif is_random(node):
             # New numbers in every step.
             found[node] = frozenset(("sample",))
         else:
@@ -150,7 +150,8 @@ _RANDOM = frozenset(
 )
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
     if node.op not in ("call_method", "call_function"):
         return False
     name = str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,233 @@
+"""Programs replayed as CUDA graphs: one launch in place of hundreds.
+
+A graph reads and writes fixed addresses. The weights' are the model's own, so that writes to them
+are seen, and a weight that moves (``.data = ...``) records again. All other inputs are copied into
+buffers, those that are still the same objects as at the last replay excepted. Results are copied
+out: solvers keep them, and the next replay overwrites them.
+
+The graphs of a model share one memory pool. They are replayed one after the other, whatever thread
+or stream asks, and the least recently used ones go when all together take more than a bound.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+MAX_BYTES = 8 << 30
+
+
+class Recorder(Protocol):
+    """What records and replays; :class:`CudaRecorder`, but for tests."""
+
+    def why_not(self, values: Sequence[Any]) -> str:
+        """ "" or why a call with these inputs cannot be recorded."""
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
+        """(replay, the results that a replay overwrites, bytes taken)."""
+
+    def wait(self) -> None:
+        """The current stream waits for what other streams have asked for."""
+
+    def done(self) -> None:
+        """Other streams will wait for what this one has been given so far."""
+
+
+class CudaRecorder:
+    """CUDA graphs of one device, with one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._event: torch.cuda.Event | None = None
+        self._last: int | None = None
+
+    def why_not(self, values: Sequence[Any]) -> str:
+        devices = {value.device for value in values if isinstance(value, Tensor)}
+        if not any(device.type == "cuda" for device in devices):
+            return "not on a CUDA device"
+        if len(devices) > 1:
+            return f"inputs on several devices: {', '.join(sorted(map(str, devices)))}"
+        if torch.cuda.is_current_stream_capturing():
+            return "part of a graph that is being captured"
+        return ""
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        # Other threads may go on allocating and launching.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+            results = function()
+        return graph.replay, results, max(0, torch.cuda.memory_reserved() - before)
+
+    def wait(self) -> None:
+        stream = torch.cuda.current_stream()
+        if self._event is not None and self._last != stream.cuda_stream:
+            stream.wait_event(self._event)
+
+    def done(self) -> None:
+        stream = torch.cuda.current_stream()
+        if self._event is None:
+            self._event = torch.cuda.Event()
+        self._event.record(stream)
+        self._last = stream.cuda_stream
+
+
+class Pool:
+    """The graphs of one model. max_bytes bounds what they take."""
+
+    def __init__(self, recorder: Recorder | None = None, max_bytes: int = MAX_BYTES) -> None:
+        self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
+        self.max_bytes = max_bytes
+        self.lock = threading.RLock()
+        self._users: OrderedDict[int, Graphed] = OrderedDict()
+
+    def used(self, user: Graphed) -> None:
+        """Marks a graph as the most recently used, and drops others that are too much."""
+        self._users[id(user)] = user
+        self._users.move_to_end(id(user))
+        while self.nbytes() > self.max_bytes and len(self._users) > 1:
+            _, oldest = self._users.popitem(last=False)
+            oldest.forget()
+
+    def without(self, user: Graphed) -> None:
+        """Forgets one."""
+        self._users.pop(id(user), None)
+
+    def nbytes(self) -> int:
+        """Bytes of all graphs."""
+        return sum(user.nbytes for user in self._users.values())
+
+    def clear(self) -> None:
+        """Drops all graphs; they are recorded again when they are needed."""
+        with self.lock:
+            for user in self._users.values():
+                user.forget()
+            self._users.clear()
+
+
+class Graphed:
+    """A function of tensors, run as it is the first time, then recorded, then replayed.
+
+    fixed: the positions of inputs whose addresses hardly ever change: weights.
+    why_not: a reason never to record (random numbers), or "".
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], fixed: Sequence[int], pool: Pool, why_not: str = ""
+    ) -> None:
+        self._function, self._pool = function, pool
+        self._fixed = tuple(fixed)
+        self.why_not = why_not
+        self.recordings = self.replays = 0
+        self._warm = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the graph and its buffers."""
+        self.nbytes = 0
+        self._key: tuple[Any, ...] = ()
+        self._buffers: list[Tensor] = []
+        self._given: list[tuple[Any, int | None]] = []
+        self._replay: Callable[[], None] | None = None
+        self._results: Any = None
+
+    def drop(self) -> None:
+        """Like ``forget``, and no longer counted."""
+        with self._pool.lock:
+            self.forget()
+            self._pool.without(self)
+
+    def facts(self) -> dict[str, Any]:
+        """For reports: how often recorded and replayed, its bytes, why it is not."""
+        return {
+            "recordings": self.recordings,
+            "replays": self.replays,
+            "bytes": self.nbytes,
+            "why_not": self.why_not,
+        }
+
+    def __call__(self, *values: Any) -> Any:
+        """The function's results for these inputs, in memory of their own."""
+        if self.why_not or not self._warm:
+            self._warm = True
+            return self._function(*values)
+        recorder = self._pool.recorder
+        reason = recorder.why_not(values)
+        if reason:
+            if "captured" not in reason:
+                self.why_not = reason
+            return self._function(*values)
+        with self._pool.lock:
+            recorder.wait()
+            key = (
+                *(values[i].data_ptr() for i in self._fixed),
+                *(value for value in values if not isinstance(value, Tensor)),
+            )
+            moving = [value for i, value in enumerate(values) if i not in self._fixed]
+            if self._replay is None or key != self._key:
+                try:
+                    self._record(values, key)
+                except Exception as error:  # what a graph cannot hold, or no memory for it
+                    self.forget()
+                    first = str(error).splitlines()[0] if str(error) else ""
+                    self.why_not = f"recording failed: {type(error).__name__}: {first}"
+                    return self._function(*values)
+            self._load(moving)
+            assert self._replay is not None
+            self._replay()
+            self.replays += 1
+            results = torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._results)
+            recorder.done()
+            self._pool.used(self)
+        return results
+
+    def _record(self, values: Sequence[Any], key: tuple[Any, ...]) -> None:
+        self.forget()
+        moving = [i for i in range(len(values)) if i not in self._fixed]
+        static = list(values)
+        for i in moving:
+            if isinstance(values[i], Tensor):
+                static[i] = _buffer_like(values[i])
+                static[i].copy_(values[i])
+        self._replay, self._results, taken = self._pool.recorder.record(
+            lambda: self._function(*static)
+        )
+        self._buffers = [static[i] for i in moving]
+        self._given = [(None, None)] * len(moving)
+        self._key = key
+        owned = [buffer for buffer in self._buffers if isinstance(buffer, Tensor)]
+        self.nbytes = taken + sum(buffer.numel() * buffer.element_size() for buffer in owned)
+        self.recordings += 1
+
+    def _load(self, moving: Sequence[Any]) -> None:
+        """Copies the inputs that are not those of the last replay."""
+        into, source = [], []
+        for i, value in enumerate(moving):
+            if not isinstance(value, Tensor):
+                continue
+            version = None if value.is_inference() else value._version
+            known, last = self._given[i]
+            if known is value and version is not None and version == last:
+                continue
+            self._given[i] = (value, version)  # held, so that it stays this object
+            into.append(self._buffers[i])
+            source.append(value)
+        if into:
+            torch._foreach_copy_(into, source)
+
+
+def _buffer_like(value: Tensor) -> Tensor:
+    """Memory of the same layout; contiguous where elements share memory."""
+    return torch.empty_like(value, memory_format=torch.preserve_format)
