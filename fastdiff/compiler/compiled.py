@@ -9,13 +9,15 @@ import time
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from fastdiff.compiler.cuda_graphs import Pool
-from fastdiff.compiler.functional import functionalise
+from fastdiff.compiler.functional import functionalise, repair
 from fastdiff.compiler.graph import is_tensor, name_of
 from fastdiff.compiler.passes import PASSES
 from fastdiff.compiler.report import LEFT, GraphReport, Report
@@ -96,7 +98,14 @@ class Compiled:
             self._eager[reason] += 1
             return self.model._call_impl(*args, **kwargs)
         inputs = self._bind(args, kwargs)
-        return self._entry(inputs)(self.model, inputs)
+        entry = self._entry(inputs)
+        if not entry.why_eager:
+            try:
+                return entry(self.model, inputs)
+            except TorchDynamoException as error:
+                entry.why_eager = f"it cannot be captured: {_first_line(error)}"
+        self._eager[entry.why_eager] += 1
+        return self.model._call_impl(*args, **kwargs)
 
     def _why_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if torch.compiler.is_compiling():
@@ -199,17 +208,28 @@ class _Entry:
         own = types.FunctionType(
             _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"), _call.__globals__
         )
-        self._function = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        compiled = partial(torch.compile, own, backend=self._backend, dynamic=False)
+        self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
         self._started = 0.0
+        self.why_pieces = self.why_eager = ""
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if not self.runners:
             self._started = time.perf_counter()
-        return self._function(model, inputs)
+        if not self.why_pieces:
+            try:
+                return self._whole(model, inputs)
+            except TorchDynamoException as error:
+                # In pieces, with the model's own Python between them; what the model raises itself
+                # comes out of that too.
+                self.why_pieces = _first_line(error)
+                self.graphs.clear()
+                self.runners.clear()
+        return self._pieces(model, inputs)
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
         seconds = time.perf_counter() - (self._started or 0.0)
-        graph = _Graph(module, self._roles, seconds, self._pool)
+        graph = _Graph(module, self._roles, seconds, self._pool, self.why_pieces)
         self.graphs.append(graph)
         self.runners.append(graph.runner)
         return graph.runner
@@ -228,21 +248,32 @@ class _Graph:
     """A captured graph, fused and split."""
 
     def __init__(
-        self, module: fx.GraphModule, roles: dict[str, str], seconds: float, pool: Pool | None
+        self,
+        module: fx.GraphModule,
+        roles: dict[str, str],
+        seconds: float,
+        pool: Pool | None,
+        why_piece: str = "",
     ) -> None:
         graph = module.graph
-        self._seconds = seconds
+        self._seconds, self._why_piece = seconds, why_piece
         started = time.perf_counter()
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                # flex_attention: needs a compiler of its own.
+                raise NotImplementedError(f"{name_of(node)} is a higher-order operator")
         self._before = len(graph.nodes)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         names = tuple(node.name for node in placeholders)
-        of_input = {node.name: _role(node, roles) for node in placeholders}
+        of_input = {node.name: _role(node, roles, bool(why_piece)) for node in placeholders}
         self._shapes = {
-            _argument_name(node): tuple(node.meta["example_value"].shape)
+            _argument_name(node) or _source(node)[3:-2]: tuple(node.meta["example_value"].shape)
             for node in placeholders
             if of_input[node.name] != "weights" and is_tensor(node)
         }
+        repair(graph)
         self.why_whole = functionalise(graph)
+        module.recompile()
         self.fused: dict[str, int] = {}
         if self.why_whole:
             body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
@@ -272,6 +303,7 @@ class _Graph:
             self._seconds,
             self.why_whole,
             {name: g.facts() for name, g in self.runner.graphed.items()},
+            self._why_piece,
         )
 
 
@@ -287,9 +319,19 @@ def _argument_name(node: fx.Node) -> str:
     return found[1] if found else ""
 
 
-def _role(node: fx.Node, roles: dict[str, str]) -> str:
+def _role(node: fx.Node, roles: dict[str, str], piece: bool) -> str:
+    """Of a piece of a model, what comes from the pieces before it may be anything: a sample."""
     name = _argument_name(node)
-    return roles.get(name, "condition") if name else "weights"
+    if name:
+        return roles.get(name, "condition")
+    return "sample" if piece and not _WEIGHT.search(_source(node)) else "weights"
 
 
+def _first_line(error: Exception) -> str:
+    error = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+_WEIGHT = re.compile(r"\b_(parameters|buffers)\[")
 _INPUT = re.compile(r"L\['inputs'\]\['(\w+)'\]")

@@ -128,7 +128,7 @@ class Graphed:
         self, function: Callable[..., Any], fixed: Sequence[int], pool: Pool, why_not: str = ""
     ) -> None:
         self._function, self._pool = function, pool
-        self._fixed = tuple(fixed)
+        self._fixed = frozenset(fixed)
         self.why_not = why_not
         self.recordings = self.replays = 0
         self._warm = False
@@ -138,7 +138,7 @@ class Graphed:
         """Drops the graph and its buffers."""
         self.nbytes = 0
         self._key: tuple[Any, ...] = ()
-        self._buffers: list[Tensor] = []
+        self._buffers: list[Any] = []
         self._given: list[tuple[Any, int | None]] = []
         self._replay: Callable[[], None] | None = None
         self._results: Any = None
@@ -171,11 +171,11 @@ class Graphed:
             return self._function(*values)
         with self._pool.lock:
             recorder.wait()
+            moving, _ = _flat(values, self._fixed)
             key = (
                 *(values[i].data_ptr() for i in self._fixed),
-                *(value for value in values if not isinstance(value, Tensor)),
+                *(value for value in moving if not isinstance(value, Tensor)),
             )
-            moving = [value for i, value in enumerate(values) if i not in self._fixed]
             if self._replay is None or key != self._key:
                 try:
                     self._record(values, key)
@@ -195,16 +195,17 @@ class Graphed:
 
     def _record(self, values: Sequence[Any], key: tuple[Any, ...]) -> None:
         self.forget()
-        moving = [i for i in range(len(values)) if i not in self._fixed]
-        static = list(values)
-        for i in moving:
-            if isinstance(values[i], Tensor):
-                static[i] = _buffer_like(values[i])
-                static[i].copy_(values[i])
+        moving, structure = _flat(values, self._fixed)
+        buffers = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in moving]
+        for buffer, value in zip(buffers, moving, strict=True):
+            if isinstance(value, Tensor):
+                buffer.copy_(value)
+        rest = iter(torch.utils._pytree.tree_unflatten(buffers, structure))
+        static = [value if i in self._fixed else next(rest) for i, value in enumerate(values)]
         self._replay, self._results, taken = self._pool.recorder.record(
             lambda: self._function(*static)
         )
-        self._buffers = [static[i] for i in moving]
+        self._buffers = buffers
         self._given = [(None, None)] * len(moving)
         self._key = key
         owned = [buffer for buffer in self._buffers if isinstance(buffer, Tensor)]
@@ -228,6 +229,7 @@ class Graphed:
             torch._foreach_copy_(into, source)
 
 
-def _buffer_like(value: Tensor) -> Tensor:
-    """Memory of the same layout; contiguous where elements share memory."""
-    return torch.empty_like(value, memory_format=torch.preserve_format)
+def _flat(values: Sequence[Any], fixed: frozenset[int]) -> tuple[list[Any], Any]:
+    """The leaves of all inputs but the fixed ones; programs hand over tuples of tensors too."""
+    rest = [value for i, value in enumerate(values) if i not in fixed]
+    return torch.utils._pytree.tree_flatten(rest)

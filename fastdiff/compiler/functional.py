@@ -8,6 +8,7 @@ graph is left whole.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -45,6 +46,15 @@ def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
 def interleaved(even: Tensor, odd: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., 2 n] in ``dtype`` of two [..., n]: what lies at [..., 0::2] and at [..., 1::2]."""
     return torch.stack((even.to(dtype), odd.to(dtype)), -1).flatten(-2)
+
+
+def repair(graph: fx.Graph) -> None:
+    """Mends what PyTorch prints wrongly: a graph becomes Python, where ``-1 ** x`` is -(1 ** x)."""
+    for node in graph.nodes:
+        if node.target is operator.pow and node.op == "call_function":
+            base = node.args[0]
+            if isinstance(base, (int, float)) and base < 0:
+                node.target = torch.pow
 
 
 def functionalise(graph: fx.Graph) -> str:
@@ -85,6 +95,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node) -> str:
     position = nodes.index(node)
     later = set(nodes[position + 1 :])
     storage = _storage(target)
+    if storage is None:
+        return f"{name_of(node)} on a tensor without storage"
     aliases = [n for n in nodes[:position] if storage in _storages(n)]
     if any(n.op in ("placeholder", "get_attr") for n in aliases):
         return f"{name_of(node)} on an input"
@@ -101,16 +113,25 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node) -> str:
         return f"{name_of(node)} in place"
     if value_of(new).dtype != value_of(target).dtype:
         return f"{name_of(node)} that changes the dtype"
-    node.replace_all_uses_with(new)
-    for child, alias in enumerate(chain):
-        if child:
-            changed = _written_back(graph, node, alias, chain[child - 1], new)
-            if changed is None:
-                return f"{name_of(node)} on a view made by {name_of(chain[child - 1])}"
-            new = changed
-        alias.replace_all_uses_with(new, delete_user_cb=later.__contains__)
+    for view, parent in itertools.pairwise(chain):
+        changed = _written_back(graph, node, parent, view, new)
+        if changed is None:
+            return f"{name_of(node)} on a view made by {name_of(view)}"
+        new = changed
+    # Down again: the names of the same memory, made of the new value, share memory as before.
+    again = new
+    for alias in reversed(chain):
+        if alias is not chain[-1]:
+            again = _same_view(graph, node, alias, again)
+        alias.replace_all_uses_with(again, delete_user_cb=later.__contains__)
+    node.replace_all_uses_with(again)
     graph.erase_node(node)
     return ""
+
+
+def _same_view(graph: fx.Graph, before: fx.Node, view: fx.Node, parent: fx.Node) -> fx.Node:
+    target: Any = getattr(Tensor, str(view.target)) if view.op == "call_method" else view.target
+    return insert(graph, before, target, parent, *view.args[1:], **view.kwargs)
 
 
 def _value_after(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node | None:
@@ -139,14 +160,14 @@ def _written_back(
     """The parent's new value, when a view of it has become ``new``."""
     if calls(view, "getitem"):
         return insert(graph, before, with_item, parent, view.args[1], new)
-    if calls(view, "detach", "contiguous", "to", "float", "type_as"):  # the same memory: no change
+    if calls(
+        view, "detach", "contiguous", "to", "float", "type_as", "_get_data_attr"
+    ):  # the same memory: no change
         return new
     if calls(view, "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"):
         return insert(graph, before, torch.Tensor.reshape, new, value_of(parent).shape)
     if calls(view, "transpose", "swapaxes"):
         return insert(graph, before, torch.Tensor.transpose, new, *view.args[1:], **view.kwargs)
-    if calls(view, "getattr") and view.args[1] == "data":
-        return new
     return None
 
 
@@ -183,10 +204,18 @@ def _half(node: fx.Node) -> int | None:
 
 def _storage(node: Any) -> int | None:
     """The memory of a tensor in the graph."""
-    return value_of(node).untyped_storage()._cdata if is_tensor(node) else None
+    return _address(value_of(node)) if is_tensor(node) else None
 
 
-def _storages(node: fx.Node) -> set[int]:
+def _storages(node: fx.Node) -> set[int | None]:
     """The memory of a node's tensors, one or several."""
     leaves = torch.utils._pytree.tree_leaves(value_of(node))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+    return {_address(leaf) for leaf in leaves if isinstance(leaf, Tensor)} - {None}
+
+
+def _address(tensor: Tensor) -> int | None:
+    """None for tensors without memory of their own: those inside torch.vmap."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return None

@@ -16,6 +16,7 @@ class GraphReport:
     shapes: of the inputs. fused: places changed, by op. unfused: calls of PyTorch functions that
     a fusion looks for and that are still there. programs: name -> {"nodes", "flops"}.
     seconds: from the call to the captured graph. why_whole: why it was left as it was, or "".
+    why_piece: why it is not the whole model, or "".
     cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
     """
 
@@ -28,6 +29,7 @@ class GraphReport:
     seconds: float
     why_whole: str = ""
     cuda_graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    why_piece: str = ""
 
     @property
     def hoisted(self) -> float:
@@ -63,6 +65,8 @@ class Report:
                 f"  captured in {graph.seconds:.1f} s; {graph.nodes_before} nodes, "
                 f"{graph.nodes_after} after fusion"
             )
+            if graph.why_piece:
+                lines.append(f"  a piece of the model: {graph.why_piece}")
             if graph.why_whole:
                 lines.append(f"  left as it was: {graph.why_whole}")
             fused = ", ".join(f"{count} {name}" for name, count in graph.fused.items() if count)
