@@ -11,6 +11,7 @@ from fastdiff.compiler.compiled import Compiled
 from fastdiff.compiler.cuda_graphs import MAX_BYTES, Pool
 from fastdiff.compiler.report import Report
 
+MODES = ("default", "max")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -18,6 +19,7 @@ def compile(
     model: Module,
     *,
     roles: Mapping[str, str] | None = None,
+    mode: str = "default",
     max_graphs: int = 8,
     cuda_graphs: bool = True,
     max_graph_bytes: int = MAX_BYTES,
@@ -31,6 +33,8 @@ def compile(
 
     roles: for arguments of ``forward`` that do not have a usual name: "sample" (different in every
         step), "time", or "condition" (the same over a run, the default).
+    mode: "default", or "max": what is left between fastdiff's ops is compiled by Inductor, which
+        takes minutes for a large model.
     max_graphs: how many sets of shapes are kept.
     cuda_graphs: on a CUDA device, replay the programs as CUDA graphs, from the second call on; the
         results have memory of their own.
@@ -42,11 +46,13 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     _at_least("max_graphs", max_graphs, 1)
     _at_least("max_graph_bytes", max_graph_bytes, 0)
     pool = Pool(max_bytes=max_graph_bytes) if cuda_graphs else None
     # nn.Module keeps this out of copies and pickles.
-    model._compiled_call_impl = Compiled(model, roles, max_graphs, pool)  # type: ignore[assignment]
+    model._compiled_call_impl = Compiled(model, roles, max_graphs, pool, mode)  # type: ignore[assignment]
     return model
 
 

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import types
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from torch._dynamo.exc import TorchDynamoException
 from fastdiff.compiler.cuda_graphs import Pool
 from fastdiff.compiler.functional import functionalise, repair
 from fastdiff.compiler.graph import is_tensor, name_of
+from fastdiff.compiler.inductor import compile_program
 from fastdiff.compiler.passes import PASSES
 from fastdiff.compiler.report import LEFT, GraphReport, Report
 from fastdiff.compiler.runner import Runner, fake_flops
@@ -74,6 +76,7 @@ class Compiled:
     """Stands in for a module's call; see ``fastdiff.compile``.
 
     max_graphs: how many captured graphs are kept, the least recently used one going first.
+    pool: of the CUDA graphs, None for none. mode: "default", or "max" for Inductor between the ops.
     """
 
     def __init__(
@@ -82,12 +85,13 @@ class Compiled:
         roles: Mapping[str, str] | None = None,
         max_graphs: int = 8,
         pool: Pool | None = None,
+        mode: str = "default",
     ) -> None:
         self.model = model
         self.signature = inspect.signature(model.forward)
         self.roles = roles_of(model, roles)
         self.max_graphs = max_graphs
-        self.pool = pool
+        self.pool, self.mode = pool, mode
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._eager: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -146,7 +150,7 @@ class Compiled:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(self.roles, self.pool)
+                entry = self._entries[key] = _Entry(self)
                 while len(self._entries) > self.max_graphs:
                     _, oldest = self._entries.popitem(last=False)
                     oldest.forget()
@@ -201,8 +205,9 @@ class _Entry:
     PyTorch counts recompilations per code object, and gives up after a few; shapes must not.
     """
 
-    def __init__(self, roles: dict[str, str], pool: Pool | None) -> None:
-        self._roles, self._pool = roles, pool
+    def __init__(self, owner: Compiled) -> None:
+        # Not a strong reference: PyTorch's caches hold the function, and uncompiling frees.
+        self._owner = weakref.ref(owner)
         self.graphs: list[_Graph] = []
         self.runners: list[Runner] = []
         own = types.FunctionType(
@@ -228,8 +233,10 @@ class _Entry:
         return self._pieces(model, inputs)
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
+        owner = self._owner()
+        assert owner is not None  # it is calling
         seconds = time.perf_counter() - (self._started or 0.0)
-        graph = _Graph(module, self._roles, seconds, self._pool, self.why_pieces)
+        graph = _Graph(module, owner, seconds, self.why_pieces)
         self.graphs.append(graph)
         self.runners.append(graph.runner)
         return graph.runner
@@ -248,14 +255,9 @@ class _Graph:
     """A captured graph, fused and split."""
 
     def __init__(
-        self,
-        module: fx.GraphModule,
-        roles: dict[str, str],
-        seconds: float,
-        pool: Pool | None,
-        why_piece: str = "",
+        self, module: fx.GraphModule, owner: Compiled, seconds: float, why_piece: str = ""
     ) -> None:
-        graph = module.graph
+        graph, roles = module.graph, owner.roles
         self._seconds, self._why_piece = seconds, why_piece
         started = time.perf_counter()
         for node in graph.nodes:
@@ -287,8 +289,11 @@ class _Graph:
             programs = split(module, of_input)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
-        # What changes its inputs must get the inputs themselves.
-        self.runner = Runner(programs, names, of_input, None if self.why_whole else pool)
+        build = compile_program if owner.mode == "max" else None
+        if self.why_whole:  # what changes its inputs must get the inputs themselves
+            self.runner = Runner(programs, names, of_input, None, build)
+        else:
+            self.runner = Runner(programs, names, of_input, owner.pool, build)
         self._seconds += time.perf_counter() - started
 
     def finished(self) -> GraphReport:

@@ -34,10 +34,10 @@ class Kept:
         program: Program,
         weights: Sequence[str],
         others: Sequence[str],
-        run: Callable[..., Any] | None = None,
+        run: Callable[..., Any],
     ) -> None:
         self.program, self.weights, self.others = program, tuple(weights), tuple(others)
-        self.run = program.module if run is None else run
+        self.run = run
         self.hits = self.misses = 0
         self._weights_key: tuple[Any, ...] | None = None
         self._held: tuple[Any, ...] = ()
@@ -109,6 +109,7 @@ class Runner:
         placeholders: Sequence[str],
         roles: dict[str, str],
         pool: Pool | None = None,
+        build: Callable[[Program], Callable[..., Any]] | None = None,
     ) -> None:
         self.placeholders = tuple(placeholders)
         self.programs = tuple(programs)
@@ -122,16 +123,15 @@ class Runner:
                 sources |= made.get(name, {name})
             for name in program.outputs:
                 made.setdefault(name, sources)
+            run = program.module if build is None else build(program)
             if pool is not None and program.name in REPEATED:
-                self.graphed[program.name] = _graphed(program, roles, pool)
+                run = self.graphed[program.name] = _graphed(program, run, roles, pool)
             if program.name != "step":
                 ordered = [name for name in placeholders if name in sources]
                 weights = [name for name in ordered if roles[name] == "weights"]
                 others = [name for name in ordered if roles[name] != "weights"]
-                run = self.graphed.get(program.name)
                 self.kept.append(Kept(program, weights, others, run))
-        self.step = self.programs[-1]
-        self._run_step = self.graphed.get("step", self.step.module)
+        self.step, self._run_step = program, run
 
     def __call__(self, *args: Any) -> Any:
         values = dict(zip(self.placeholders, args, strict=True))
@@ -147,10 +147,12 @@ class Runner:
             graphed.drop()
 
 
-def _graphed(program: Program, roles: dict[str, str], pool: Pool) -> Graphed:
+def _graphed(
+    program: Program, run: Callable[..., Any], roles: dict[str, str], pool: Pool
+) -> Graphed:
     fixed = [i for i, name in enumerate(program.inputs) if roles.get(name) == "weights"]
     random = any(is_random(node) for node in program.module.graph.nodes)
-    return Graphed(program.module, fixed, pool, "it draws random numbers" if random else "")
+    return Graphed(run, fixed, pool, "it draws random numbers" if random else "")
 
 
 def fake_flops(program: Program) -> int:

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastdiff.compiler.graph import is_tensor
+
 ROLES = ("weights", "condition", "time", "sample")
 PROGRAMS = ("weights", "prompt", "schedule", "both", "step")
 
@@ -105,7 +107,8 @@ def _pull_views(graph: fx.Graph, where: dict[fx.Node, str]) -> None:
         if len(users) != 1 or where[node] in users:
             continue
         cheap = node.op == "call_method" and node.target in ("view", "transpose", "unsqueeze")
-        cheap = cheap or (node.op == "call_function" and node.target is _GETITEM)
+        # Not out of a tuple: programs hand over tensors.
+        cheap = cheap or (node.target is operator.getitem and is_tensor(node.args[0]))
         if cheap:
             where[node] = users.pop()
 
@@ -143,7 +146,6 @@ def _extract(module: fx.GraphModule, name: str, body: list[fx.Node], results: An
     )
 
 
-_GETITEM = operator.getitem
 _RANDOM = frozenset(
     """rand randn randint rand_like randn_like randint_like normal bernoulli multinomial randperm
     poisson""".split()  # noqa: SIM905
