@@ -32,12 +32,18 @@ void group_norm_silu(uintptr_t x, uintptr_t add, int64_t add_stride, uintptr_t w
                      uintptr_t bias, uintptr_t scale, int64_t scale_stride, uintptr_t shift,
                      int64_t shift_stride, uintptr_t out, int64_t batch, int64_t channels,
                      int64_t hw, int64_t groups, double eps, int act, bool channels_last,
-                     int x_dtype, int param_dtype, int mod_dtype, int threads) {
+                     int x_dtype, int param_dtype, int mod_dtype, int threads, uintptr_t skip,
+                     int64_t skip_channels, uintptr_t residual, uintptr_t total) {
   if (groups <= 0 || channels % groups != 0)
     throw py::value_error("groups must divide " + std::to_string(channels) + " channels, got " +
                           std::to_string(groups));
   if (act != 0 && act != 1)
     throw py::value_error("act must be 0 (none) or 1 (silu), got " + std::to_string(act));
+  if (skip_channels < 0 || skip_channels >= channels || (skip != 0) != (skip_channels != 0))
+    throw py::value_error("skip_channels must be in 1.." + std::to_string(channels - 1) +
+                          " with a skip and 0 without, got " + std::to_string(skip_channels));
+  if ((residual != 0) != (total != 0) || (residual && skip))
+    throw py::value_error("residual and total must come together, and without a skip");
   fastdiff::GroupNormSilu args;
   args.x = reinterpret_cast<const void*>(x);
   args.out = reinterpret_cast<void*>(out);
@@ -57,6 +63,10 @@ void group_norm_silu(uintptr_t x, uintptr_t add, int64_t add_stride, uintptr_t w
   args.param_dtype = float_dtype(param_dtype, "param_dtype");
   args.mod_dtype = float_dtype(mod_dtype, "mod_dtype");
   args.threads = threads;
+  args.skip = reinterpret_cast<const void*>(skip);
+  args.skip_channels = skip_channels;
+  args.residual = reinterpret_cast<const void*>(residual);
+  args.total = reinterpret_cast<void*>(total);
   fastdiff::Workspace workspace;
   args.workspace = &workspace;
   if (batch <= 0 || channels <= 0 || hw <= 0) return;
@@ -73,6 +83,7 @@ void bind_group_norm_silu(py::module_& module) {
       py::arg("shift"), py::arg("shift_stride"), py::arg("out"), py::arg("batch"),
       py::arg("channels"), py::arg("hw"), py::arg("groups"), py::arg("eps"), py::arg("act"),
       py::arg("channels_last"), py::arg("x_dtype"), py::arg("param_dtype"), py::arg("mod_dtype"),
-      py::arg("threads"),
+      py::arg("threads"), py::arg("skip") = 0, py::arg("skip_channels") = 0,
+      py::arg("residual") = 0, py::arg("total") = 0,
       "y = act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift) on raw pointers.");
 }

@@ -18,6 +18,10 @@ struct ChannelVector {
 struct GroupNormSilu {
   const void* x;
   void* out;
+  const void* skip = nullptr;      // the last skip_channels of the channels, or null
+  const void* residual = nullptr;  // added to x, the sum is written to total; or null
+  void* total = nullptr;
+  int64_t skip_channels = 0;
   ChannelVector add, weight, bias, scale, shift;
   int64_t batch, channels, hw, groups;
   double eps;

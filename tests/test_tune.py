@@ -236,7 +236,7 @@ def test_without_a_gpu_it_says_so_and_exits_with_1(table: Path, capsys: Any) -> 
         (["--op", "group_norm_silu", "--set", "groups=8"], "--set must come with --shape"),
         (
             ["--op", "group_norm_silu", "--shape", "2,32,4", "--set", "group=8"],
-            "--set must name one of groups, channels_last, got 'group'",
+            "--set must name one of groups, channels_last, skip, got 'group'",
         ),
         (["--op", "solver_step", "--shape", "1,4", "--set", "row=x"], "row must be one of"),
         (["--op", "solver_step", "--shape", "1,4", "--set", "row"], "must be name=value"),
@@ -267,15 +267,19 @@ def test_a_shape_and_its_settings_make_a_call() -> None:
 @functools.lru_cache(maxsize=1)
 def compiled() -> set[tuple[Any, ...]]:
     """What the compile check covers, in the terms of the launches."""
-    gn = pytest.importorskip("fastdiff.kernels.group_norm_silu", exc_type=ImportError)
+    pytest.importorskip("triton")
+    from fastdiff.kernels import _group_norm as gn
+    from fastdiff.kernels import add_group_norm_silu, group_norm_silu
+
     step = pytest.importorskip("fastdiff.kernels.solver_step", exc_type=ImportError)
     known: set[tuple[Any, ...]] = set()
-    for config in gn.aot_configs():
+    for config in (*group_norm_silu.aot_configs(), *add_group_norm_silu.aot_configs()):
         constants, warps = config["constexprs"], config["options"]["num_warps"]
         aligned = bool(config["multiples_of_16"])
         if config["kernel"] is gn._group_kernel:
             tile = (constants["BLOCK_C"], constants["BLOCK_HW"], warps, constants["ALIGN"])
-            known.add(("group", constants["IS_NHWC"], aligned, *tile))
+            second = (constants["HAS_SKIP"], constants["HAS_RESIDUAL"])
+            known.add(("group", *second, constants["IS_NHWC"], aligned, *tile))
         elif config["kernel"] in (gn._apply_kernel, gn._apply_last_kernel):
             last = config["kernel"] is gn._apply_last_kernel
             block = constants["BLOCK_HW" if last else "BLOCK"]
@@ -288,6 +292,7 @@ def compiled() -> set[tuple[Any, ...]]:
     return known
 
 
+@pytest.mark.parametrize("second", ["", "skip", "residual"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     ("shape", "groups"),
@@ -297,7 +302,7 @@ def compiled() -> set[tuple[Any, ...]]:
     ],
 )  # fmt: skip
 def test_group_norms_candidates_are_compiled_ahead_of_time(
-    shape: tuple[int, ...], groups: int, channels_last: bool
+    shape: tuple[int, ...], groups: int, channels_last: bool, second: str
 ) -> None:
     known = compiled()
     from fastdiff.kernels import group_norm_silu as kernels
@@ -305,19 +310,28 @@ def test_group_norms_candidates_are_compiled_ahead_of_time(
     x = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    gn = next(op for op in OPS if op.name == "group_norm_silu")
-    assert gn.tuning is not None
-    candidates = gn.tuning.candidates(x, groups)
+    name = "add_group_norm_silu" if second == "residual" else "group_norm_silu"
+    tuning_of = next(op for op in OPS if op.name == name).tuning
+    assert tuning_of is not None
     pixels = x[0, 0].numel()
     last = group_norm_layout(x)
-    assert candidates[0][1] == kernels.select(*shape[:2], pixels, groups, x.dtype, last, 0)
+    first = shape[1]
+    if second == "skip":
+        first = max(1, shape[1] * 2 // 3)
+        x, skip = (torch.empty_like(part) for part in x.split([first, shape[1] - first], 1))
+        candidates = tuning_of.candidates(x, groups, skip=skip)
+    else:
+        candidates = tuning_of.candidates(*[x] * (1 + (second == "residual")), groups)
+    size = (*shape[:2], pixels, groups, x.dtype, last, 0)
+    assert candidates[0][1] == kernels.select(*size, second=second, first=first)
     choices = [choice for choice, _ in candidates]
     assert all(choice not in choices[:n] for n, choice in enumerate(choices)), "one launch each"
     for _, plan in candidates:
         aligned = plan.align > 1 if last else pixels % 16 == 0
         if plan.kind == "group":
             tile = (plan.block_c, plan.block_hw, plan.num_warps, plan.align)
-            assert ("group", last, aligned, *tile) in known
+            kind = (second == "skip", second == "residual")
+            assert ("group", *kind, last, aligned, *tile) in known
         else:
             assert (plan.splits - 1) * plan.span < pixels <= plan.splits * plan.span
             assert plan.span % plan.block_hw == 0
@@ -354,7 +368,11 @@ def test_every_candidate_is_right_in_the_interpreter(fresh_python: Any, tmp_path
     """A table's choice reaches the kernel, and each candidate gives the op's result."""
     pytest.importorskip("triton")
     samples = {
-        "group_norm_silu": ("one group", "channels last", (1, 4, 40, 40)),
+        "group_norm_silu": (
+            *("one group", "channels last", (1, 4, 40, 40)),
+            *("skip, boundary in a group", "skip, channels last"),
+        ),
+        "add_group_norm_silu": ("a group in registers", (1, 4, 40, 40)),
         "solver_step": ("2M, one image", "DDPM, drawn"),
     }
     environment = {"TRITON_INTERPRET": "1", "FASTDIFF_CACHE": str(tmp_path / "cache")}

@@ -4,8 +4,11 @@
 //   x, out   [batch, channels, hw] or, channels last, [batch, hw, channels]; fp32, fp16 or bf16
 //   weight, bias [channels]; add, scale, shift [batch, channels] (strided batch); each may be
 //   absent
+//   skip     like x; the last skip_channels of `channels` are its, x has the others
+//   residual, total  like x; x + residual is written to total, and total is what is normalised
 //
-// x is read twice, out written once. Statistics: every group gets a centre, the mean of a few
+// x is read twice, out written once; with a residual the first pass writes total some KB at a time
+// and sums them up, the second reads total. Statistics: every group gets a centre, the mean of a few
 // samples, and one pass sums x - centre and its square, in fp32 lanes of at most a few hundred
 // terms that are gathered in double. Were the true mean further than one standard deviation from
 // the centre, the subtraction of squares would lose digits: then the pass is repeated with the mean
@@ -87,55 +90,62 @@ struct RunSums {
   }
 };
 
-// Sums over elements [begin, end) of the group that starts at x; centre per channel when there is
-// an added term, else one.
+// Sums over elements [begin, end) of a group; centre per channel when there is an added term, else
+// one. `addition` is what writes them first.
 template <class T>
-Sums run_sums(const T* x, int64_t begin, int64_t end, int64_t hw, const float* centre,
-              bool per_channel) {
+Sums run_sums(const GroupRun<T>& x, const Addition<T>& addition, int64_t begin, int64_t end,
+              int64_t hw, const float* centre, bool per_channel) {
   RunSums sums;
   for (int64_t at = begin; at < end;) {
     const int64_t channel = per_channel ? at / hw : 0;
-    int64_t stop = smaller(end, at + kMaxRun);
+    int64_t stop = smaller(x.stop(at, end), at + kMaxRun);
     if (per_channel) stop = smaller(stop, (channel + 1) * hw);
-    sums.run(x + at, stop - at, centre[channel]);
+    addition.write(at, stop - at);
+    sums.run(x.from(at), stop - at, centre[channel]);
     at = stop;
   }
   return sums.total();
 }
 
 template <class T, bool kSilu>
-void run_apply(const T* x, T* out, int64_t begin, int64_t end, int64_t hw, Affine affine) {
+void run_apply(const GroupRun<T>& group, T* out, int64_t begin, int64_t end, int64_t hw,
+               Affine affine) {
   for (int64_t at = begin; at < end;) {
-    const int64_t channel = at / hw, stop = smaller(end, (channel + 1) * hw);
+    const int64_t channel = at / hw, n = smaller(end, (channel + 1) * hw) - at;
+    const T* x = group.from(at);
+    T* y_out = out + at;
     const vfloat centre = splat(affine.centre[channel]), slope = splat(affine.slope[channel]),
                  offset = splat(affine.offset[channel]);
-    for (; at + kBlock * kLanes <= stop; at += kBlock * kLanes) {
+    int64_t p = 0;
+    for (; p + kBlock * kLanes <= n; p += kBlock * kLanes) {
       vfloat y[kBlock];
       for (int i = 0; i < kBlock; ++i)
-        y[i] = fma(load(x + at + i * kLanes) - centre, slope, offset);
+        y[i] = fma(load(x + p + i * kLanes) - centre, slope, offset);
       activate<T, kSilu>(y);
-      store_block(out + at, y);
+      store_block(y_out + p, y);
     }
-    for (; at < stop; at += kLanes) {
-      const int n = int(smaller(kLanes, stop - at));
-      vfloat y[1] = {fma(load_first(x + at, n) - centre, slope, offset)};
+    for (; p < n; p += kLanes) {
+      const int rest = int(smaller(kLanes, n - p));
+      vfloat y[1] = {fma(load_first(x + p, rest) - centre, slope, offset)};
       activate<T, kSilu>(y);
-      store_first(out + at, y[0], n);
+      store_first(y_out + p, y[0], rest);
     }
-    at = stop;
+    at += n;
   }
 }
 
-// A rough mean of x + add over one group, from eight places.
+// A rough mean of x + add (+ residual, which may be null) over one group, from eight places.
 template <class T>
-float sample_run(const GroupNormSilu& args, const T* x, int64_t image, int64_t channel, int64_t n) {
+float sample_run(const GroupNormSilu& args, const GroupRun<T>& x, const T* residual, int64_t image,
+                 int64_t channel, int64_t n) {
   constexpr int64_t kPlaces = 8;
   vfloat sum = splat(0.0f);
   float added = 0.0f, count = 0.0f;
   for (int64_t i = 0; i < kPlaces; ++i) {
     const int64_t at = n * i / kPlaces;
-    const int take = int(smaller(kLanes, n - at));
-    sum = sum + load_first(x + at, take);
+    const int take = int(smaller(kLanes, x.stop(at, n) - at));
+    const vfloat v = load_first(x.from(at), take);
+    sum = sum + (residual ? round_to<T>(v + load_first(residual + at, take)) : v);
     count += float(take);
     if (args.add.data) {
       alignas(64) float add[1];
@@ -159,7 +169,32 @@ struct Rows {
     affine = {data, data + n, data + 2 * n};
   }
 
-  const T* input(int64_t task) const { return static_cast<const T*>(args.x) + task * length; }
+  GroupRun<T> input(int64_t task, const void* x) const {
+    const int64_t of_x = args.channels - args.skip_channels, first = channel(task);
+    const int64_t inside = larger(0, smaller(width, of_x - first));  // channels of x
+    const int64_t skipped = inside ? 0 : first - of_x;               // of skip, before the group
+    const T* data = static_cast<const T*>(x);
+    const T* skip = static_cast<const T*>(args.skip);
+    if (inside) data += (image(task) * of_x + first) * args.hw;
+    if (inside < width) skip += (image(task) * args.skip_channels + skipped) * args.hw;
+    return {data, skip, inside * args.hw};
+  }
+  GroupRun<T> input(int64_t task) const {
+    return input(task, args.residual ? args.total : args.x);
+  }
+  const T* residual(int64_t task) const {
+    return args.residual ? static_cast<const T*>(args.residual) + task * length : nullptr;
+  }
+  // The first time that a group is read.
+  Addition<T> addition(int64_t task, bool first) const {
+    if (!args.residual || !first) return {nullptr, nullptr, nullptr};
+    const int64_t at = task * length;
+    return {static_cast<const T*>(args.x) + at, residual(task), static_cast<T*>(args.total) + at};
+  }
+  float sample(int64_t task) const {
+    return sample_run(args, input(task, args.x), residual(task), image(task), channel(task),
+                      length);
+  }
   T* output(int64_t task) const { return static_cast<T*>(args.out) + task * length; }
   int64_t image(int64_t task) const { return task / args.groups; }
   int64_t channel(int64_t task) const { return task % args.groups * width; }
@@ -174,8 +209,9 @@ struct Rows {
   void fold(int64_t task, const Moments* moments) const {
     fold_channels(args, image(task), channel(task), 1, moments, of(task));
   }
-  Sums sums(int64_t task, int64_t begin, int64_t end) const {
-    return run_sums(input(task), begin, end, args.hw, of(task).centre, args.add.data != nullptr);
+  Sums sums(int64_t task, int64_t begin, int64_t end, bool first) const {
+    return run_sums(input(task), addition(task, first), begin, end, args.hw, of(task).centre,
+                    args.add.data != nullptr);
   }
   void apply(int64_t task, int64_t begin, int64_t end) const {
     if (args.silu)
@@ -185,12 +221,12 @@ struct Rows {
   }
 
   void whole_group(int64_t task) const {
-    float middle = sample_run(args, input(task), image(task), channel(task), length);
+    float middle = sample(task);
     Moments moments;
     for (int attempt = 0; attempt < 2; ++attempt) {
       double error;
       centre(task, &middle, &error);
-      const Sums found = sums(task, 0, length);
+      const Sums found = sums(task, 0, length, attempt == 0);
       if (finish(found, error * double(args.hw), length, args.eps, &middle, &moments)) break;
     }
     fold(task, &moments);
@@ -207,15 +243,14 @@ struct Rows {
     float* middle = args.workspace->take<float>(tasks);
     double* error = args.workspace->take<double>(tasks);
     Moments* moments = args.workspace->take<Moments>(tasks);
-    for (int64_t t = 0; t < tasks; ++t)
-      middle[t] = sample_run(args, input(t), image(t), channel(t), length);
+    for (int64_t t = 0; t < tasks; ++t) middle[t] = sample(t);
     bool good = false;
     for (int attempt = 0; attempt < 2 && !good; ++attempt) {
       for (int64_t t = 0; t < tasks; ++t) centre(t, middle + t, error + t);
       parallel_for(tasks * segments, 1, args.threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t t = i / segments, from = i % segments * segment;
-          partial[i] = sums(t, from, smaller(from + segment, length));
+          partial[i] = sums(t, from, smaller(from + segment, length), attempt == 0);
         }
       });
       good = true;
@@ -286,14 +321,15 @@ void tail_sums(const T* x, int64_t pixels, int64_t stride, int n, const float* c
   }
 }
 
-// Per channel: sums over all `pixels` of x - centre.
+// Per channel: sums over all `pixels` of x - centre. `addition` is what writes x first.
 template <class T>
-void column_sums(const T* x, int64_t pixels, int64_t channels, const float* centre, double* sum,
-                 double* squares) {
+void column_sums(const T* x, const Addition<T>& addition, int64_t pixels, int64_t channels,
+                 const float* centre, double* sum, double* squares) {
   const int64_t stride = channels;
   for (int64_t c = 0; c < channels; ++c) sum[c] = squares[c] = 0;
   for (int64_t p = 0; p < pixels; p += kMaxPixels, x += kMaxPixels * stride) {
     const int64_t n = smaller(kMaxPixels, pixels - p);
+    addition.write(p * stride, n * stride);
     int64_t c = 0;
     for (; c + kStrip * kLanes <= channels; c += kStrip * kLanes)
       strip_sums<kStrip>(x + c, n, stride, centre + c, sum + c, squares + c);
@@ -307,8 +343,9 @@ void column_sums(const T* x, int64_t pixels, int64_t channels, const float* cent
 }
 
 template <class T, bool kSilu>
-void column_apply(const T* x, T* out, int64_t pixels, int64_t channels, Affine affine) {
-  for (int64_t p = 0; p < pixels; ++p, x += channels, out += channels) {
+void column_apply(const T* x, T* out, int64_t pixels, int64_t channels, int64_t out_stride,
+                  Affine affine) {
+  for (int64_t p = 0; p < pixels; ++p, x += channels, out += out_stride) {
     int64_t c = 0;
     for (; c + kBlock * kLanes <= channels; c += kBlock * kLanes) {
       vfloat y[kBlock];
@@ -327,6 +364,18 @@ void column_apply(const T* x, T* out, int64_t pixels, int64_t channels, Affine a
       activate<T, kSilu>(y);
       store_first(out + c, y[0], n);
     }
+  }
+}
+
+// to[channel] += share * row[channel], or of row + residual, which may be null.
+template <class T>
+void add_row(const ColumnPart<T>& row, const T* residual, vfloat share, float* to) {
+  to += row.begin;
+  for (int64_t c = 0; c < row.channels; c += kLanes) {
+    const int n = int(smaller(kLanes, row.channels - c));
+    vfloat v = load_first(row.data + c, n);
+    if (residual) v = round_to<T>(v + load_first(residual + c, n));
+    store_first(to + c, fma(v, share, load_first(to + c, n)), n);
   }
 }
 
@@ -357,15 +406,21 @@ struct Columns {
   }
 
   int64_t piece_pixels(int64_t piece) const { return smaller(pixels, args.hw - piece * pixels); }
-  int64_t offset(int64_t image, int64_t piece) const {
-    return (image * args.hw + piece * pixels) * channels;
+  int64_t pixel(int64_t image, int64_t piece) const { return image * args.hw + piece * pixels; }
+  int parts() const { return args.skip ? 2 : 1; }
+  // From a pixel of x (or total) or skip on.
+  ColumnPart<T> part(int number, const void* x, int64_t at) const {
+    const int64_t of_x = channels - args.skip_channels;
+    if (number == 0) return {static_cast<const T*>(x) + at * of_x, 0, of_x};
+    return {static_cast<const T*>(args.skip) + at * args.skip_channels, of_x, args.skip_channels};
   }
+  const void* source() const { return args.residual ? args.total : args.x; }
   Affine of(int64_t image) const {
     const int64_t at = image * channels;
     return {affine.centre + at, affine.slope + at, affine.offset + at};
   }
 
-  // A rough mean of x + add of each group, from four pixels, into group_centre.
+  // A rough mean of x + add (+ residual) of each group, from four pixels, into group_centre.
   void sample(int64_t image) const {
     const int64_t places = smaller(4, args.hw);
     const vfloat share = splat(1.0f / float(places));
@@ -375,12 +430,10 @@ struct Columns {
     else
       fill(mean, 0.0f, channels);
     for (int64_t i = 0; i < places; ++i) {
-      const T* x =
-          static_cast<const T*>(args.x) + (image * args.hw + args.hw * i / places) * channels;
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        const int n = int(smaller(kLanes, channels - c));
-        store_first(mean + c, fma(load_first(x + c, n), share, load_first(mean + c, n)), n);
-      }
+      const int64_t at = image * args.hw + args.hw * i / places;
+      const T* residual = args.residual ? part(0, args.residual, at).data : nullptr;
+      for (int number = 0; number < parts(); ++number)
+        add_row(part(number, args.x, at), residual, share, mean);
     }
     float* centre = group_centre + image * groups;
     for (int64_t g = 0; g < groups; ++g) {
@@ -396,12 +449,21 @@ struct Columns {
                     group_error + image * groups);
   }
 
-  void sum_piece(int64_t image, int64_t piece) const {
+  // first: nothing has been read yet
+  void sum_piece(int64_t image, int64_t piece, bool first) const {
     const int64_t at = image * pieces + piece;
     double* sum = channel_sums + 2 * at * channels;
     const double* squares = sum + channels;
-    column_sums(static_cast<const T*>(args.x) + offset(image, piece), piece_pixels(piece), channels,
-                of(image).centre, sum, sum + channels);
+    const int64_t from = pixel(image, piece);
+    Addition<T> addition = {nullptr, nullptr, nullptr};
+    if (args.residual && first)
+      addition = {part(0, args.x, from).data, part(0, args.residual, from).data,
+                  static_cast<T*>(args.total) + from * channels};
+    for (int number = 0; number < parts(); ++number) {
+      const ColumnPart<T> x = part(number, source(), from);
+      column_sums(x.data, addition, piece_pixels(piece), x.channels, of(image).centre + x.begin,
+                  sum + x.begin, sum + channels + x.begin);
+    }
     for (int64_t g = 0; g < groups; ++g) {
       Sums all;
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
@@ -434,12 +496,17 @@ struct Columns {
   }
 
   void apply(int64_t image, int64_t piece) const {
-    const T* x = static_cast<const T*>(args.x) + offset(image, piece);
-    T* out = static_cast<T*>(args.out) + offset(image, piece);
-    if (args.silu)
-      column_apply<T, true>(x, out, piece_pixels(piece), channels, of(image));
-    else
-      column_apply<T, false>(x, out, piece_pixels(piece), channels, of(image));
+    const int64_t from = pixel(image, piece), n = piece_pixels(piece);
+    for (int number = 0; number < parts(); ++number) {
+      const ColumnPart<T> x = part(number, source(), from);
+      T* out = static_cast<T*>(args.out) + from * channels + x.begin;
+      const Affine all = of(image);
+      const Affine affine_of_x = {all.centre + x.begin, all.slope + x.begin, all.offset + x.begin};
+      if (args.silu)
+        column_apply<T, true>(x.data, out, n, x.channels, channels, affine_of_x);
+      else
+        column_apply<T, false>(x.data, out, n, x.channels, channels, affine_of_x);
+    }
   }
 
   void whole_image(int64_t image) const {
@@ -447,7 +514,7 @@ struct Columns {
     bool good = false;
     for (int attempt = 0; attempt < 2 && !good; ++attempt) {
       centre(image);
-      sum_piece(image, 0);
+      sum_piece(image, 0, attempt == 0);
       good = finish_and_fold(image);
     }
     apply(image, 0);
@@ -459,7 +526,7 @@ struct Columns {
     for (int attempt = 0; attempt < 2 && !good; ++attempt) {
       for (int64_t image = 0; image < args.batch; ++image) centre(image);
       parallel_for(args.batch * pieces, 1, args.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) sum_piece(t / pieces, t % pieces);
+        for (int64_t t = begin; t < end; ++t) sum_piece(t / pieces, t % pieces, attempt == 0);
       });
       good = true;
       for (int64_t image = 0; image < args.batch; ++image) good &= finish_and_fold(image);

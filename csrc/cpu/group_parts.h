@@ -24,6 +24,46 @@ struct Moments {
   double mean, rstd;
 };
 
+// Channels first: a group's elements lie at x up to `boundary`, from there on at skip.
+template <class T>
+struct GroupRun {
+  const T *x, *skip;
+  int64_t boundary;
+
+  FASTDIFF_METHOD const T* from(int64_t at) const {
+    return at < boundary ? x + at : skip + (at - boundary);
+  }
+  // Where what is contiguous from `at` on ends, `end` at the latest.
+  FASTDIFF_METHOD int64_t stop(int64_t at, int64_t end) const {
+    return at < boundary ? smaller(end, boundary) : end;
+  }
+};
+
+// Channels last: one of the tensors that are joined; its channels start at `begin` of the whole.
+template <class T>
+struct ColumnPart {
+  const T* data;
+  int64_t begin, channels;
+};
+
+// total = x + residual, rounded to T, or nothing where total is null.
+template <class T>
+struct Addition {
+  const T *x, *residual;
+  T* total;
+
+  FASTDIFF_METHOD void write(int64_t begin, int64_t n) const {
+    if (!total) return;
+    const int64_t end = begin + n;
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) store(total + i, load(x + i) + load(residual + i));
+    if (i < end) {
+      const int rest = int(end - i);
+      store_first(total + i, load_first(x + i, rest) + load_first(residual + i, rest), rest);
+    }
+  }
+};
+
 // y = act((x - centre) * slope + offset), per channel.
 struct Affine {
   float *centre, *slope, *offset;

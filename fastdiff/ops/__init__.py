@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastdiff.ops._contract import Op
+from fastdiff.ops.add_group_norm_silu import OP as _ADD_GROUP_NORM_SILU
+from fastdiff.ops.add_group_norm_silu import add_group_norm_silu
 from fastdiff.ops.attention import OP as _ATTENTION
 from fastdiff.ops.attention import attention
 from fastdiff.ops.gate_residual import OP as _GATE_RESIDUAL
@@ -32,6 +34,7 @@ from fastdiff.ops.timestep_mlp import timestep_mlp
 
 OPS: tuple[Op, ...] = (
     _GROUP_NORM_SILU,
+    _ADD_GROUP_NORM_SILU,
     _SOLVER_STEP,
     _GEGLU,
     _SWIGLU,
@@ -49,6 +52,7 @@ OPS: tuple[Op, ...] = (
 __all__ = [
     "OPS",
     "Op",
+    "add_group_norm_silu",
     "attention",
     "gate_residual",
     "gate_residual_norm_modulate",

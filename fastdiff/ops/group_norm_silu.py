@@ -1,5 +1,7 @@
 """group_norm_silu: y = act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift).
 
+With a skip, x stands for cat([x, skip], 1), which the fused kernels do not make.
+
 GroupNorm: Wu and He, 2018, https://arxiv.org/abs/1803.08494. add, scale and shift are the forms in
 which diffusion U-Nets inject the time embedding: added to the convolution's output (Stable
 Diffusion) or as scale and shift (ADM, https://arxiv.org/abs/2105.05233, adaptive group norm).
@@ -7,6 +9,7 @@ Diffusion) or as scale and shift (ADM, https://arxiv.org/abs/2105.05233, adaptiv
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +19,8 @@ import torch
 
 from fastdiff import tuning
 from fastdiff._ext import DTYPE_CODES, ext, ext_status
-from fastdiff.environment import interpreting
 from fastdiff.ops._contract import AotConfig, Call, Example, Implementation, Op, Tuning, register
+from fastdiff.ops._strides import why_not_triton
 
 Tensor = torch.Tensor
 ACTIVATIONS = ("none", "silu")
@@ -34,6 +37,7 @@ def reference(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    skip: Tensor | None = None,
 ) -> Tensor:
     """The op in plain PyTorch, in the widest dtype among the arguments; the result has x's."""
     dtype = x.dtype
@@ -44,7 +48,7 @@ def reference(
     def rows(row: Tensor) -> Tensor:
         return row.to(dtype).reshape(*row.shape, *[1] * (x.dim() - 2))
 
-    y = x.to(dtype)
+    y = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
     if add is not None:
         y = y + rows(add)
     y = torch.group_norm(
@@ -61,7 +65,7 @@ def reference(
     if activation == "silu":
         y = torch.nn.functional.silu(y)
     y = y.to(x.dtype)
-    out = torch.empty_like(x)  # x's memory format, whatever group_norm made of it
+    out = _empty_result(x, skip)  # x's memory format, whatever group_norm made of it
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
@@ -75,10 +79,12 @@ def pattern(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    skip: Tensor | None = None,
 ) -> Tensor:
     """The calls of a U-Net's residual block, in the inputs' own dtypes."""
     trailing = (..., *[None] * (x.dim() - 2))
-    y = x if add is None else x + add[trailing]
+    y = x if skip is None else torch.cat([x, skip], 1)
+    y = y if add is None else y + add[trailing]
     y = torch.nn.functional.group_norm(y, num_groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + scale[trailing])
@@ -97,6 +103,7 @@ def check(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    skip: Tensor | None = None,
 ) -> None:
     """ValueError or TypeError for arguments outside the contract."""
     if x.dtype not in DTYPES:
@@ -104,8 +111,14 @@ def check(
     if x.dim() < 2:
         raise ValueError(f"x must have shape [N, C, ...], got {tuple(x.shape)}")
     batch, channels = x.shape[:2]
+    of = "x"
+    if skip is not None:
+        _check_skip(x, skip)
+        channels, of = channels + skip.shape[1], "x and skip"
     if num_groups < 1 or channels < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+        raise ValueError(
+            f"num_groups must divide the {channels} channels of {of}, got {num_groups}"
+        )
     if any(size == 0 for size in x.shape[2:]):
         raise ValueError(f"x must have at least one pixel, got {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
@@ -133,19 +146,45 @@ def check(
             raise TypeError(f"{name} must be {dtype} like {first}, got {tensor.dtype}")
 
 
-def memory_layout(x: Tensor) -> str:
-    """ "channels_first", "channels_last", or "" for a view that is neither."""
-    if x.is_contiguous():
+def _check_skip(x: Tensor, skip: Tensor) -> None:
+    sizes = (skip.shape[0], *skip.shape[2:]) if skip.dim() == x.dim() else ()
+    if sizes != (x.shape[0], *x.shape[2:]) or skip.shape[1] < 1:
+        wanted = ", ".join(map(str, (x.shape[0], "C2", *x.shape[2:])))
+        raise ValueError(f"skip must have shape [{wanted}], got {tuple(skip.shape)}")
+    if skip.device != x.device:
+        raise ValueError(f"skip must be on {x.device} like x, got {skip.device}")
+    if skip.dtype != x.dtype:
+        raise TypeError(f"skip must be {x.dtype} like x, got {skip.dtype}")
+
+
+def memory_layout(*tensors: Tensor | None) -> str:
+    """ "channels_first", "channels_last", or "" where the tensors do not share one of them."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if all(tensor.is_contiguous() for tensor in given):
         return "channels_first"
-    return "channels_last" if x.movedim(1, -1).is_contiguous() else ""
+    last = all(tensor.movedim(1, -1).is_contiguous() for tensor in given)
+    return "channels_last" if last else ""
 
 
-def _unsupported(x: Tensor, *vectors: Tensor | None) -> str:
-    """Why the fused kernels cannot take these tensors, or ""."""
+def _empty_result(x: Tensor, skip: Tensor | None) -> Tensor:
+    """Like x, or like cat([x, skip], 1) in their memory layout."""
+    if skip is None:
+        return torch.empty_like(x)
+    sizes, channels = (x.shape[0], *x.shape[2:]), x.shape[1] + skip.shape[1]
+    if memory_layout(x, skip) == "channels_last":
+        return x.new_empty((*sizes, channels)).movedim(-1, 1)
+    return x.new_empty((sizes[0], channels, *sizes[1:]))
+
+
+def unsupported(x: Tensor, other: Tensor | None, other_name: str, *vectors: Tensor | None) -> str:
+    """Why the fused kernels cannot take x, another tensor like it and per-channel ones, or ""."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernels take float32, float16 and bfloat16"
     if not memory_layout(x):
         return f"x has strides {x.stride()}, neither contiguous nor channels last"
+    if not memory_layout(x, other):
+        assert other is not None
+        return f"{other_name} has strides {other.stride()}, another memory layout than x"
     for vector in vectors:
         if vector is not None and vector.shape[-1] > 1 and vector.stride(-1) != 1:
             return "a per-channel argument has strided channels"
@@ -153,11 +192,20 @@ def _unsupported(x: Tensor, *vectors: Tensor | None) -> str:
 
 
 def _cpp_supports(
-    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation=""
+    x,
+    num_groups,
+    weight=None,
+    bias=None,
+    add=None,
+    scale=None,
+    shift=None,
+    eps=1e-5,
+    activation="",
+    skip=None,
 ) -> str:
     if x.device.type != "cpu":
         return f"it computes on the CPU, x is on {x.device}"
-    return ext_status() or _unsupported(x, weight, bias, add, scale, shift)
+    return ext_status() or unsupported(x, skip, "skip", weight, bias, add, scale, shift)
 
 
 def _cpp(
@@ -170,11 +218,32 @@ def _cpp(
     shift=None,
     eps=1e-5,
     activation="silu",
+    skip=None,
 ) -> Tensor:
-    out = torch.empty_like(x)
-    batch, channels = x.shape[:2]
-    if x.numel() == 0:
-        return out
+    out = _empty_result(x, skip)
+    run_cpp(x, out, num_groups, weight, bias, add, scale, shift, eps, activation, skip=skip)
+    return out
+
+
+def run_cpp(
+    x: Tensor,
+    out: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: str,
+    skip: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """Writes ``out``, and x + residual into ``total``, by the C++ kernel."""
+    batch, channels = out.shape[:2]
+    if out.numel() == 0:
+        return
 
     def dtype_of(*vectors: Tensor | None) -> int:
         return next((DTYPE_CODES[v.dtype] for v in vectors if v is not None), 0)
@@ -188,25 +257,33 @@ def _cpp(
     ext().group_norm_silu(  # type: ignore[union-attr]
         *(x.data_ptr(), pointer(add), stride(add), pointer(weight), pointer(bias)),
         *(pointer(scale), stride(scale), pointer(shift), stride(shift), out.data_ptr()),
-        *(batch, channels, x.numel() // (batch * channels), num_groups, eps),
-        *(int(activation == "silu"), memory_layout(x) == "channels_last", DTYPE_CODES[x.dtype]),
+        *(
+            batch,
+            channels,
+            out.numel() // (batch * channels),
+            num_groups,
+            eps,
+            activation == "silu",
+        ),
+        *(memory_layout(x, skip, residual) == "channels_last", DTYPE_CODES[x.dtype]),
         *(dtype_of(weight, bias), dtype_of(add, scale, shift), torch.get_num_threads()),
+        *(pointer(skip), 0 if skip is None else skip.shape[1], pointer(residual), pointer(total)),
     )
-    return out
 
 
 def _triton_supports(
-    x, num_groups, weight=None, bias=None, add=None, scale=None, shift=None, eps=1e-5, activation=""
+    x,
+    num_groups,
+    weight=None,
+    bias=None,
+    add=None,
+    scale=None,
+    shift=None,
+    eps=1e-5,
+    activation="",
+    skip=None,
 ) -> str:
-    if x.device.type != "cuda" and not interpreting():
-        return f"it computes on CUDA devices, x is on {x.device}"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"it needs sm_80 or newer, {x.device} is older"
-    return _unsupported(x, weight, bias, add, scale, shift)
+    return why_not_triton(x) or unsupported(x, skip, "skip", weight, bias, add, scale, shift)
 
 
 def _triton(
@@ -219,49 +296,85 @@ def _triton(
     shift=None,
     eps=1e-5,
     activation="silu",
+    skip=None,
 ) -> Tensor:
     from fastdiff.kernels import group_norm_silu as kernels
 
-    out = torch.empty_like(x)
-    if x.numel():
-        channels_last = memory_layout(x) == "channels_last"
+    out = _empty_result(x, skip)
+    if out.numel():
+        channels_last = memory_layout(x, skip) == "channels_last"
         rows = (add, scale, shift)
         plan = None
         if tuning.active():
-            key = _tuning_key(x, num_groups)
-            plan = tuning.plan(OP.name, key, lambda: _tuning_candidates(x, num_groups))
+            key = _tuning_key(x, num_groups, skip=skip)
+            plan = tuning.plan(OP.name, key, lambda: _tuning_candidates(x, num_groups, skip=skip))
         silu = activation == "silu"
-        kernels.launch(x, out, num_groups, weight, bias, *rows, eps, silu, channels_last, plan)
+        kernels.launch(
+            x, out, num_groups, weight, bias, *rows, eps, silu, channels_last, plan, skip
+        )
     return out
 
 
-def _tuning_key(x: Tensor, num_groups: int, *_args, **_kwargs) -> tuning.Key:
-    batch, channels, pixels = x.shape[0], x.shape[1], x[:1, :1].numel()
+def _skip_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The skip among the arguments after num_groups."""
+    return args[7] if len(args) > 7 else kwargs.get("skip")
+
+
+def _tuning_key(x: Tensor, num_groups: int, *args, **kwargs) -> tuning.Key:
+    skip = _skip_of(args, kwargs)
+    if skip is None:
+        return tuning_key(x, None, num_groups, x.shape[1])
+    return tuning_key(x, skip, num_groups, x.shape[1] + skip.shape[1], (("skip", skip.shape[1]),))
+
+
+def tuning_key(
+    x: Tensor,
+    other: Tensor | None,
+    num_groups: int,
+    channels: int,
+    more: tuple[tuple[str, int], ...] = (),
+) -> tuning.Key:
+    """Of x and another tensor like it; channels: of the result."""
+    pixels = x[:1, :1].numel()
     exact = (
         ("groups", num_groups),
-        ("channels_last", memory_layout(x) == "channels_last"),
+        ("channels_last", memory_layout(x, other) == "channels_last"),
         ("odd", pixels % 16 != 0),
+        *more,
     )
-    return tuning.Key(x.device, x.dtype, (("N", batch), ("C", channels), ("HW", pixels)), exact)
+    sizes = (("N", x.shape[0]), ("C", channels), ("HW", pixels))
+    return tuning.Key(x.device, x.dtype, sizes, exact)
 
 
 def _tuning_candidates(
-    x: Tensor, num_groups: int, *_args, **_kwargs
+    x: Tensor, num_groups: int, *args, **kwargs
+) -> Sequence[tuple[tuning.Choice, Any]]:
+    skip = _skip_of(args, kwargs)
+    return launches(x, num_groups, skip, "" if skip is None else "skip")
+
+
+def launches(
+    x: Tensor, num_groups: int, other: Tensor | None, second: str
 ) -> Sequence[tuple[tuning.Choice, Any]]:
     """A group in registers where it fits, and the split way with smaller blocks, more or fewer
-    parts."""
+    parts. second: what ``other`` is, in the terms of the launch policy."""
     from fastdiff.kernels import group_norm_silu as kernels
 
-    last = memory_layout(x) == "channels_last"
+    last = memory_layout(x, other) == "channels_last"
     major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-    shape = (x.shape[0], x.shape[1], x[:1, :1].numel(), num_groups, x.dtype, last)
-    chosen = kernels.select(*shape, 10 * major + minor)
+    channels = x.shape[1]
+    if second == "skip":
+        assert other is not None
+        channels += other.shape[1]
+    shape = (x.shape[0], channels, x[:1, :1].numel(), num_groups, x.dtype, last)
+    select = functools.partial(kernels.select, second=second, first=x.shape[1])
+    chosen = select(*shape, 10 * major + minor)
     plans = [(kernels.TARGET_PROGRAMS, chosen)]
     blocks = [kernels.MAX_BLOCK_HW]
     while not last and blocks[-1] > kernels.MIN_BLOCK_HW:
         blocks.append(blocks[-1] // 2)
     for block_hw, programs in itertools.product(blocks, (2048, 1024, 4096)):
-        plan = kernels.select(*shape, 10 * major + minor, True, block_hw, programs)
+        plan = select(*shape, 10 * major + minor, True, block_hw, programs)
         if all(plan != known for _, known in plans):
             plans.append((programs, plan))
 
@@ -274,15 +387,19 @@ def _tuning_candidates(
 
 
 def bytes_moved(x: Tensor, num_groups: int, *args, **kwargs) -> int:
-    """x read once, y written once, every per-channel argument read once."""
-    vectors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    return 2 * x.numel() * x.element_size() + sum(v.numel() * v.element_size() for v in vectors)
+    """x and skip read once, y written once, every per-channel argument read once."""
+    tensors = [x, *(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))]
+    skip = _skip_of(args, kwargs)
+    written = x.numel() + (0 if skip is None else skip.numel())
+    return written * x.element_size() + sum(v.numel() * v.element_size() for v in tensors)
 
 
 def flops(x: Tensor, num_groups: int, *args, **kwargs) -> int:
     """Per element: 4 for the statistics, 2 for one multiply-add, 4 for SiLU (exp counts as one)."""
     activation = kwargs.get("activation", args[6] if len(args) > 6 else "silu")
-    return x.numel() * (10 if activation == "silu" else 6)
+    skip = _skip_of(args, kwargs)
+    elements = x.numel() + (0 if skip is None else skip.numel())
+    return elements * (10 if activation == "silu" else 6)
 
 
 def example(
@@ -296,8 +413,12 @@ def example(
     mean: float = 0.0,
     magnitude: float = 1.0,
     edit: Callable[[Call], Call] | None = None,
+    skip: int = 0,
 ) -> Example:
-    """A case with random numbers; extras: "add", "scale", "shift", "param32" (float32 weights)."""
+    """A case with random numbers; extras: "add", "scale", "shift", "param32" (float32 weights).
+
+    skip: how many of the channels in ``shape`` are the skip's.
+    """
 
     def make(device: torch.device | str, dtype: torch.dtype) -> Call:
         generator = torch.Generator().manual_seed(17)
@@ -306,14 +427,16 @@ def example(
             return torch.randn(size, generator=generator).to(device=device, dtype=to)
 
         x = (torch.randn(shape, generator=generator) * magnitude + mean).to(device, dtype)
+        parts = [part.contiguous() for part in x.split([shape[1] - skip, skip], 1)]
         if channels_last:
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+            parts = [part.movedim(1, -1).contiguous().movedim(-1, 1) for part in parts]
         rows = {key: random(shape[:2]) for key in ("add", "scale", "shift") if key in extras}
         vectors = {}
         if affine:
             to = torch.float32 if "param32" in extras else dtype
             vectors = {"weight": random(shape[1:2], to), "bias": random(shape[1:2], to)}
-        call = Call((x, groups), {**vectors, **rows, "activation": activation})
+        second = {"skip": parts[1]} if skip else {}
+        call = Call((parts[0], groups), {**vectors, **rows, "activation": activation, **second})
         return edit(call) if edit else call
 
     return Example(name, make)
@@ -323,6 +446,9 @@ EXAMPLES = (
     example("SD1.5 mid block 8x8", (2, 1280, 8, 8), extras=("add",)),
     example("SD1.5 down block 64x64", (2, 320, 64, 64), extras=("add",)),
     example("SD1.5 up block 32x32", (2, 960, 32, 32), channels_last=True),
+    example("SD1.5 up block 1280 + 640, 16x16", (2, 1920, 16, 16), skip=640),
+    example("SD1.5 up block 640 + 320, 32x32", (2, 960, 32, 32), skip=320, channels_last=True),
+    example("SDXL up block 640 + 320, 128x128", (2, 960, 128, 128), skip=320, channels_last=True),
     example("SDXL down block 128x128", (2, 320, 128, 128), extras=("add",), channels_last=True),
     example("SDXL transformer entry 32x32", (2, 1280, 32, 32), activation="none"),
     example("ADM-256 res block 32x32", (1, 512, 32, 32), extras=("scale", "shift")),
@@ -343,6 +469,17 @@ def _strided_rows(call: Call) -> Call:
 def _sliced_x(call: Call) -> Call:
     wide = torch.cat([call.args[0]] * 2, 1)
     return Call((wide[:, : call.args[0].shape[1]], *call.args[1:]), call.kwargs)
+
+
+def _means_apart(call: Call) -> Call:
+    """x around -2000, skip around 2000: one group's centre is far from both."""
+    skip = call.kwargs["skip"]
+    return Call((call.args[0] - 2000, *call.args[1:]), {**call.kwargs, "skip": skip + 2000})
+
+
+def _skip_of_another_layout(call: Call) -> Call:
+    skip = call.kwargs["skip"].movedim(1, -1).contiguous().movedim(-1, 1)
+    return Call(call.args, {**call.kwargs, "skip": skip})
 
 
 _ALL = ("add", "scale", "shift")
@@ -371,6 +508,19 @@ SAMPLES = (
     example("strided rows", (3, 12, 4, 5), 3, _ALL, edit=_strided_rows),
     example("x is a view", (2, 12, 4, 5), 3, edit=_sliced_x),
     example("empty batch", (0, 12, 4, 5), 3, _ALL),
+    example("skip, boundary in a group", (2, 24, 4, 4), 3, skip=12),
+    example("skip, boundary between groups", (2, 12, 5, 3), 3, skip=4, activation="none"),
+    example("skip of 1 channel, odd pixels", (2, 12, 5, 7), 3, skip=1),
+    example("x of 1 channel, channels last", (2, 12, 4, 4), 3, skip=11, channels_last=True),
+    example("skip, channels last", (2, 48, 4, 5), 4, skip=16, channels_last=True),
+    example("skip, channels last, odd", (1, 130, 6, 11), 13, _ALL, skip=61, channels_last=True),
+    example("skip, every argument", (2, 24, 4, 4), 3, _ALL, skip=12),
+    example("skip, one pixel", (3, 12, 1, 1), 3, skip=5),
+    example("skip, mean far above", (1, 12, 16, 16), 2, skip=5, mean=3000.0),
+    example("skip, split group", (1, 12, 40, 41), 2, _ALL, skip=7),
+    example("skip, means apart", (1, 12, 16, 16), 1, skip=6, edit=_means_apart),
+    example("skip, layouts differ", (2, 12, 4, 5), 3, skip=5, edit=_skip_of_another_layout),
+    example("skip, empty batch", (0, 12, 4, 5), 3, skip=5),
 )
 
 
@@ -381,9 +531,11 @@ def _aot() -> Iterable[AotConfig]:
 
 
 def _example_of_shape(
-    shape: tuple[int, ...], groups: int = 32, channels_last: bool = False
+    shape: tuple[int, ...], groups: int = 32, channels_last: bool = False, skip: int = 0
 ) -> Example:
-    return example(f"{shape}", shape, groups, channels_last=channels_last)
+    if len(shape) < 2 or not 0 <= skip < shape[1]:
+        raise ValueError(f"shape must be [N, C, ...] with more channels than skip={skip}")
+    return example(f"{shape}", shape, groups, channels_last=channels_last, skip=skip)
 
 
 OP = register(
@@ -391,7 +543,7 @@ OP = register(
         name="group_norm_silu",
         schema="(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, "
         "Tensor? add=None, Tensor? scale=None, Tensor? shift=None, float eps=1e-05, "
-        'str activation="silu", str impl="auto") -> Tensor',
+        'str activation="silu", Tensor? skip=None, str impl="auto") -> Tensor',
         reference=reference,
         pattern=pattern,
         check=check,
@@ -420,18 +572,21 @@ def group_norm_silu(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    skip: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """act((GroupNorm(x + add) * weight + bias) * (1 + scale) + shift) in one or two passes over x.
 
     x: [N, C, ...], float32, float16, bfloat16 (float64 by the reference); contiguous or channels
-    last run fused, any other view by the reference. weight, bias: [C]. add, scale, shift: [N, C]
-    with any batch stride. Each is x's dtype or float32. activation: "silu" or "none". impl: "auto",
-    "cpp", "triton" or "reference". Returns a tensor of x's dtype and memory format, differentiable
-    through the reference; statistics are float32 or wider.
+    last run fused, any other view by the reference. skip: [N, C2, ...] like x, in x's memory layout
+    to run fused: the result is that of cat([x, skip], 1), and C is C + C2 in what follows; a group
+    may have channels of both. weight, bias: [C]. add, scale, shift: [N, C] with any batch stride.
+    Each is x's dtype or float32. activation: "silu" or "none". impl: "auto", "cpp", "triton" or
+    "reference". Returns a tensor of x's dtype and memory format, differentiable through the
+    reference; statistics are float32 or wider.
 
     ValueError or TypeError for arguments outside this; RuntimeError when a named impl cannot run.
     """
     return torch.ops.fastdiff.group_norm_silu(
-        x, num_groups, weight, bias, add, scale, shift, eps, activation, impl
+        x, num_groups, weight, bias, add, scale, shift, eps, activation, skip, impl
     )

@@ -39,6 +39,14 @@ BAD = [
     ((X, 2), {"eps": float("nan")}, ValueError, "eps must be positive and finite, got nan"),
     ((X, 2), {"activation": "relu"}, ValueError, "activation must be one of .* got 'relu'"),
     ((X, 2), {"impl": "cuda"}, ValueError, "impl must be 'auto' or one of"),
+    ((X, 2), {"skip": X[:1]}, ValueError, r"skip must have shape \[2, C2, 3, 3\], got \(1, 8"),
+    ((X, 2), {"skip": X[..., 0]}, ValueError, r"skip must have shape \[2, C2, 3, 3\]"),
+    ((X, 2), {"skip": X[:, :0]}, ValueError, r"skip must have shape \[2, C2, 3, 3\]"),
+    ((X, 2), {"skip": X[:, :1]}, ValueError, "num_groups must divide the 9 channels of x and skip"),
+    ((X, 2), {"skip": X.half()}, TypeError, "skip must be torch.float32 like x, got torch.float16"),
+    ((X, 2), {"skip": X.to("meta")}, ValueError, "skip must be on cpu like x, got meta"),
+    ((X, 2, ROW[0]), {"skip": X}, ValueError, r"weight must have shape \(16,\), got \(8,\)"),
+    ((X, 2), {"skip": X, "add": ROW}, ValueError, r"add must have shape \(2, 16\), got \(2, 8\)"),
 ]
 
 
@@ -85,31 +93,96 @@ def test_images_do_not_depend_on_their_batch() -> None:
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("name", [impl.name for impl in OP.implementations])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_launch_policy_covers_every_shape(channels_last: bool) -> None:
-    """select() returns only what aot_configs() compiles, and its parts cover the image."""
+@pytest.mark.parametrize("sizes", [(24, 8, 5), (1, 31, 7), (31, 1, 64), (20, 12, 1)], ids=str)
+def test_a_skip_is_joined_in_the_way(
+    sizes: tuple[int, int, int], channels_last: bool, name: str
+) -> None:
+    """group_norm_silu(x, skip=skip) is group_norm_silu(cat([x, skip], 1)), and as precise."""
+    of_x, of_skip, side = sizes
+    generator = torch.Generator().manual_seed(2)
+    both = torch.randn(2, of_x + of_skip, side, side + 2, generator=generator)
+    both[:, of_x:] += 100  # the parts of a group that straddles them are far apart
+    if channels_last:
+        both = both.contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, of_x + of_skip, generator=generator)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, skip = (
+        part.contiguous(memory_format=memory_format) for part in both.split([of_x, of_skip], 1)
+    )
+    if reason := OP.why_not(name, x, 4, weight, bias, skip=skip):
+        pytest.skip(reason)
+    result = group_norm_silu(x, 4, weight, bias, skip=skip, impl=name)
+    assert result.shape == both.shape
+    oracle = reference(both.double(), 4, weight.double(), bias.double())
+    assert_within_2x(result, oracle, reference(both, 4, weight, bias))
+
+
+def test_the_result_of_a_skip_lies_like_x() -> None:
+    last = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    first = torch.randn(2, 4, 3, 5)
+    one = torch.randn(2, 1, 3, 5)  # its two layouts are the same memory
+    for name in ("auto", "reference"):
+        assert group_norm_silu(last, 3, skip=last[:, :1], impl=name).is_contiguous()
+        for x, skip in ((last, one), (one, last)):
+            result = group_norm_silu(x, 3, skip=skip, impl=name)
+            assert result.is_contiguous(memory_format=torch.channels_last)
+        assert group_norm_silu(first, 5, skip=one, impl=name).is_contiguous()
+        assert group_norm_silu(last, 3, skip=first, impl=name).is_contiguous()
+
+
+def test_the_tuning_table_knows_a_skip() -> None:
+    assert OP.tuning is not None
+    x, skip = torch.zeros(2, 24, 4, 4), torch.zeros(2, 8, 4, 4)
+    whole = OP.tuning.key(torch.cat([x, skip], 1), 4)
+    for call in (((x, 4), {"skip": skip}), ((x, 4, *[None] * 5, 1e-5, "silu", skip), {})):
+        key = OP.tuning.key(*call[0], **call[1])
+        assert key.sizes == whole.sizes
+        assert dict(key.exact) == {**dict(whole.exact), "skip": 8}
+    call = OP.tuning.example((2, 32, 4, 4), groups=4, skip=8).make("cpu", torch.float32)
+    assert OP.tuning.key(*call.args, **call.kwargs) == key
+    for shape, channels in (((2, 8, 3), 8), ((5,), 0)):
+        with pytest.raises(ValueError, match="shape must be"):
+            OP.tuning.example(shape, skip=channels)
+
+
+@pytest.mark.parametrize("second", ["", "skip", "residual"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_launch_policy_covers_every_shape(channels_last: bool, second: str) -> None:
+    """select() returns only what is compiled ahead of time, and its parts cover the image."""
     kernels = pytest.importorskip("fastdiff.kernels.group_norm_silu", exc_type=ImportError)
+    from fastdiff.kernels import _group_norm as shared
+    from fastdiff.kernels import _group_norm_policy as policy
+    from fastdiff.kernels import add_group_norm_silu as adding
+
     groups_compiled = set()
     blocks_compiled = set()
-    for config in kernels.aot_configs():
+    for config in (*kernels.aot_configs(), *adding.aot_configs()):
         constants, warps = config["constexprs"], config["options"]["num_warps"]
         known = bool(config["multiples_of_16"])
-        if config["kernel"] is kernels._group_kernel and constants["IS_NHWC"] == channels_last:
+        residual = constants.get("HAS_RESIDUAL", False)
+        kind = "skip" if constants.get("HAS_SKIP") else "residual" if residual else ""
+        if config["kernel"] is shared._group_kernel and constants["IS_NHWC"] == channels_last:
             tile = (constants["BLOCK_C"], constants["BLOCK_HW"], warps, constants["ALIGN"])
-            groups_compiled.add((known, *tile))
-        stats = kernels._stats_last_kernel if channels_last else kernels._stats_kernel
-        if config["kernel"] is stats:
+            if kind == second:
+                groups_compiled.add((known, *tile))
+        stats = shared._stats_last_kernel if channels_last else shared._stats_kernel
+        if config["kernel"] is stats and residual == (second == "residual"):
             block = constants["BLOCK_HW" if channels_last else "BLOCK"]
             blocks_compiled.add((known, block, warps))
     kinds = set()
     for batch in (0, 1, 2, 16):
         for channels, groups in (
-            *((32, 32), (96, 32), (128, 32), (320, 32), (2560, 32)),
+            *((32, 32), (96, 32), (128, 32), (320, 32), (1920, 32), (2560, 32)),
             *((6, 1), (100, 5), (4096, 1)),
         ):
             for pixels in (1, 7, 64, 1000, 4096, 4097, 262144, 2**24, 2**24 + 1):
+                first = {"skip": channels * 2 // 3}.get(second, channels)
                 plan = kernels.select(
-                    batch, channels, pixels, groups, torch.bfloat16, channels_last, 90
+                    *(batch, channels, pixels, groups, torch.bfloat16, channels_last, 90),
+                    second=second,
+                    first=first,
                 )
                 width = channels // groups
                 kinds.add(plan.kind)
@@ -118,7 +191,7 @@ def test_launch_policy_covers_every_shape(channels_last: bool) -> None:
                     known = pixels % 16 == 0 if not channels_last else plan.align > 1
                     tile = (plan.block_c, plan.block_hw, plan.num_warps, plan.align)
                     assert (known, *tile) in groups_compiled
-                    assert plan.align == 1 or channels % 16 == 0
+                    assert plan.align == 1 or (channels % 16 == 0 and first % 16 == 0)
                     assert plan.block_c >= width
                     assert plan.block_hw >= pixels
                     assert width % plan.align == 0
@@ -127,7 +200,7 @@ def test_launch_policy_covers_every_shape(channels_last: bool) -> None:
                 assert (known, plan.block_hw, plan.num_warps) in blocks_compiled
                 assert (plan.splits - 1) * plan.span < pixels <= plan.splits * plan.span
                 if not channels_last:
-                    assert plan.splits * width <= max(width, kernels.MAX_PARTS)
+                    assert plan.splits * width <= max(width, policy.MAX_PARTS)
                 assert plan.span % plan.block_hw == 0
     assert kinds == {"group", "split"}
 

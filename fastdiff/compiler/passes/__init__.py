@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from torch import fx
 
-from fastdiff.compiler.passes.group_norm import fuse_group_norm
+from fastdiff.compiler.passes.group_norm import fuse_add_group_norm, fuse_group_norm
 
 PASSES: dict[str, Callable[[fx.Graph], int]] = {
+    "add_group_norm_silu": fuse_add_group_norm,
     "group_norm_silu": fuse_group_norm,
 }
 

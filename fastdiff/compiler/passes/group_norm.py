@@ -1,7 +1,9 @@
-"""GroupNorm with what surrounds it: an addition per channel before, scale and shift, SiLU after."""
+"""GroupNorm with what surrounds it: a residual's addition, the join with a skip connection or an
+addition per channel before; scale and shift, SiLU after."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -18,8 +20,62 @@ from fastdiff.compiler.graph import (
 )
 
 
+def fuse_add_group_norm(graph: fx.Graph) -> int:
+    """``silu(group_norm(x + residual))``, and without the SiLU: what ends one residual block and
+    begins the next, which usually reads the sum again. Not where a scale and shift follow."""
+    count = 0
+    for node in list(graph.nodes):
+        if calls(node, "group_norm") and is_tensor(node):
+            count += _fuse_add(graph, node)
+    return count
+
+
+def _fuse_add(graph: fx.Graph, norm: fx.Node) -> int:
+    total, num_groups = norm.args[0], argument(norm, 1, "num_groups")
+    weight, bias = argument(norm, 2, "weight"), argument(norm, 3, "bias")
+    if not isinstance(total, fx.Node) or not calls(total, "add") or total.kwargs:
+        return 0
+    x, residual = total.args
+    summed = value_of(total)
+    for term in (x, residual):
+        value = value_of(term)
+        if not is_tensor(term) or (value.shape, value.dtype) != (summed.shape, summed.dtype):
+            return 0
+    if not _dtypes_fit(summed, weight, bias) or _film(graph, norm, summed) is not None:
+        return 0
+    # The sum's other users may come before the norm, so that all of it moves to where the sum is.
+    nodes = list(graph.nodes)
+    known = set(nodes[: nodes.index(total)])
+    if any(isinstance(value, fx.Node) and value not in known for value in (weight, bias)):
+        return 0
+    last, activation = _activated(norm)
+    eps = argument(norm, 4, "eps", 1e-5)
+    try:
+        both = insert(
+            graph,
+            total,
+            torch.ops.fastdiff.add_group_norm_silu.default,
+            *(x, residual, num_groups, weight, bias, eps, activation),
+        )
+    except (ValueError, TypeError):  # outside the op's contract
+        return 0
+    normed = insert(graph, total, operator.getitem, both, 1)
+    if value_of(normed).dtype != value_of(last).dtype:
+        graph.erase_node(normed)
+        graph.erase_node(both)
+        return 0
+    replace(last, normed)
+    replace(total, insert(graph, total, operator.getitem, both, 0))
+    return 1
+
+
 def fuse_group_norm(graph: fx.Graph) -> int:
-    """``silu(group_norm(x + t[:, :, None, None]) * (1 + scale) + shift)``, and its parts."""
+    """``silu(group_norm(x + t[:, :, None, None]) * (1 + scale) + shift)``, and its parts.
+
+    x may be ``cat([x, skip], 1)``, which is then not made; only where nothing but group norms reads
+    it. In the up path of most U-Nets the 1x1 convolution of the block's shortcut does, too: the
+    joined tensor must exist there, and the norm reads it.
+    """
     count = 0
     for node in list(graph.nodes):
         if calls(node, "group_norm") and is_tensor(node):
@@ -44,16 +100,15 @@ def _fuse(graph: fx.Graph, norm: fx.Node) -> int:
     film = _film(graph, norm, value_of(x))
     if film is not None:
         last, scale, shift = film
-    activation = "none"
-    user = only_user(last)
-    if user is not None and calls(user, "silu"):
-        last, activation = user, "silu"
+    last, activation = _activated(last)
+    assert isinstance(x, fx.Node)
+    x, skip = _joined(x, norm.args[0])
     try:
         new = insert(
             graph,
             last,
             torch.ops.fastdiff.group_norm_silu.default,
-            *(x, num_groups, weight, bias, add, scale, shift, eps, activation),
+            *(x, num_groups, weight, bias, add, scale, shift, eps, activation, skip),
         )
     except (ValueError, TypeError):  # outside the op's contract
         return 0
@@ -62,6 +117,30 @@ def _fuse(graph: fx.Graph, norm: fx.Node) -> int:
         return 0
     replace(last, new)
     return 1
+
+
+def _activated(last: fx.Node) -> tuple[fx.Node, str]:
+    """A SiLU that is the node's only user and "silu", or the node and "none"."""
+    user = only_user(last)
+    return (user, "silu") if user is not None and calls(user, "silu") else (last, "none")
+
+
+def _joined(x: fx.Node, normed: Any) -> tuple[fx.Node, fx.Node | None]:
+    """(x, skip) of ``cat([x, skip], 1)`` that nothing else reads; normed: what the norm takes, x or
+    an addition to it."""
+    tensors, dim = argument(x, 0, "tensors"), argument(x, 1, "dim", 0)
+    if not calls(x, "cat", "concat", "concatenate") or not isinstance(tensors, (tuple, list)):
+        return x, None
+    if len(tensors) != 2 or dim not in (1, 1 - value_of(x).dim()):
+        return x, None
+    if not all(user is normed or calls(user, "group_norm") for user in x.users):
+        return x, None
+    first, skip = tensors
+    if not (is_tensor(first) and is_tensor(skip)):
+        return x, None
+    if any(value_of(t).dtype != value_of(x).dtype for t in (first, skip)):
+        return x, None
+    return first, skip
 
 
 def _dtypes_fit(x: Any, weight: Any, bias: Any) -> bool:
