@@ -44,6 +44,10 @@ def normal(
 @functools.lru_cache(maxsize=64)
 def device_seeds(seeds: tuple[int, ...], device: torch.device) -> Tensor:
     """The seeds as the kernels read them: 64 bits each, on ``device``."""
+    return _signed(seeds, device)
+
+
+def _signed(seeds: Sequence[int], device: torch.device | str) -> Tensor:
     signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
@@ -60,7 +64,7 @@ def reference_normal(
     is not looked at on the host.
     """
     if not isinstance(seeds, Tensor):
-        seeds = device_seeds(tuple(seeds), torch.device(device))
+        seeds = _signed(seeds, device)
     count = math.prod(shape[1:])
     groups = torch.arange((count + 3) // 4, device=device).expand(shape[0], -1)
     zero = torch.zeros_like(groups)

@@ -173,7 +173,8 @@ def _sum(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     total, started = torch.zeros_like(values[0]), None
     for value, weight in zip(values, weights, strict=True):
         used = weight != 0
-        term = value * weight.to(value.dtype)
+        # Whatever is in what is left out, no gradient sees it.
+        term = torch.where(used, value, 0.0) * weight.to(value.dtype)
         new = term if started is None else torch.where(started, total + term, term)
         total = torch.where(used, new, total)
         started = used if started is None else started | used

@@ -64,7 +64,7 @@ def test_another_table_goes_into_the_same_tensors():
     at = counter(2)
     traced = TracedStepper(tables[0], 2, at)
     traced.reserve(x.shape, x.dtype)
-    held = [traced._rows, traced._predictions, *traced.registers[tuple(x.shape)]]
+    held = [traced._rows, *traced.registers[tuple(x.shape)]]
     addresses = [tensor.data_ptr() for tensor in held]
     for table, first in zip(tables, (2, 0, 5), strict=True):
         at.fill_(first)
@@ -74,7 +74,7 @@ def test_another_table_goes_into_the_same_tensors():
         mine, _ = run(table, traced, x, first)
         theirs, _ = run(table, Stepper(table, first), x, first)
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-        now = [traced._rows, traced._predictions, *traced.registers[tuple(x.shape)]]
+        now = [traced._rows, *traced.registers[tuple(x.shape)]]
         assert [tensor.data_ptr() for tensor in now] == addresses
 
 

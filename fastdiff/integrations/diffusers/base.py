@@ -11,8 +11,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.solvers.stepper import Stepper, TracedStepper, pick_row, place_rows
+from fastdiff.solvers.stepper import Stepper, TracedStepper, place_rows
 from fastdiff.solvers.table import SolverTable
+from fastdiff.solvers.trajectory import pick_row
 
 
 def is_traced(sample: Tensor) -> bool:
