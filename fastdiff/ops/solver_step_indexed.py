@@ -133,18 +133,19 @@ def check(*args: Any, **kwargs: Any) -> None:
 
 def reference(*args: Any, **kwargs: Any) -> Tensor:
     """The op in plain PyTorch; nothing is read back, so that compilers and graphs can hold it."""
-    step = Step(*args, **kwargs)
-    values = torch.stack(_values(step))
-    out = empty_stack(step.state, len(values))
+    values = torch.stack(results(*args, **kwargs))
+    out = empty_stack(Step(*args, **kwargs).state, len(values))
     return values if values.stride() == out.stride() else out.copy_(values)
 
 
 def pattern(*args: Any, **kwargs: Any) -> Tensor:
     """The same operations, in the memory order they give."""
-    return torch.stack(_values(Step(*args, **kwargs)))
+    return torch.stack(results(*args, **kwargs))
 
 
-def _values(step: Step) -> list[Tensor]:
+def results(*args: Any, **kwargs: Any) -> list[Tensor]:
+    """The reference's results one by one, for a compiler to fuse with what is around them."""
+    step = Step(*args, **kwargs)
     x = step.state
     registers = [x, *(() if step.history is None else step.history.unbind(0))]
     index = step.index.clamp(0, step.rows.shape[0] - 1).reshape(1)
@@ -164,8 +165,8 @@ def _values(step: Step) -> list[Tensor]:
     else:
         noise = torch.full_like(x, float("nan"))
     operands = [*registers, prediction, noise]
-    results = [_sum(operands, weights.unbind(0)) for weights in of_results]
-    return [*results, prediction] if step.with_prediction else results
+    new = [_sum(operands, weights.unbind(0)) for weights in of_results]
+    return [*new, prediction] if step.with_prediction else new
 
 
 def _sum(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

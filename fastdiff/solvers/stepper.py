@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff._ext import DTYPE_CODES, ext
-from fastdiff.ops.solver_step_indexed import pattern, solver_step_indexed
+from fastdiff.ops.solver_step_indexed import results, solver_step_indexed
 from fastdiff.solvers.engine import native_table, state_dtype, step_reference
 from fastdiff.solvers.table import SolverTable, Update
 from fastdiff.solvers.trajectory import dense_rows, rows_dtype
@@ -230,8 +230,8 @@ class TracedStepper:
     ) -> tuple[Tensor, Tensor]:
         """(the next state, the prediction) in the registers' dtype; as :meth:`Stepper.step`.
 
-        One launch and the copy of the registers, where a kernel runs. A compiler gets the plain
-        operations, which it fuses with those around them.
+        One launch and a copy of each register besides the state, where a kernel runs. A compiler
+        gets the plain operations, which it fuses with those around them.
         """
         if output.shape != sample.shape:
             raise ValueError(
@@ -240,10 +240,10 @@ class TracedStepper:
             )
         assert self._rows is not None
         held = state_dtype(sample.dtype)
-        run = pattern if torch.compiler.is_compiling() else solver_step_indexed
+        run = results if torch.compiler.is_compiling() else solver_step_indexed
         kept = self.registers[tuple(sample.shape)] if self.num_registers > 1 else None
         with torch.no_grad():
-            new = run(
+            following, *history, prediction = run(
                 sample.to(held),
                 kernel_output(output, held),
                 self._rows,
@@ -253,9 +253,10 @@ class TracedStepper:
                 with_prediction=True,
             )
             if kept is not None:
-                kept.copy_(new[1:-1])
+                for register, value in zip(kept.unbind(0), history, strict=True):
+                    register.copy_(value)
             self.counter.add_(1)
-        return new[0], new[-1]
+        return following, prediction
 
 
 def place_rows(kept: Tensor | None, values: np.ndarray, first: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastdiff.solvers import SOLVERS, SolverTable, make_table
 from fastdiff.solvers.stepper import Stepper, TracedStepper
@@ -113,3 +114,23 @@ def test_errors():
     traced = TracedStepper(table, 0, counter())
     with pytest.raises(ValueError, match="output must have the sample's shape"):
         traced.step(x, x[:1])
+
+
+def test_a_recorded_traced_step_is_one_op():
+    """And the registers' copies: nothing else touches a state."""
+    table = make_table("dpmpp_3m", "scaled_linear", 8)
+    traced = TracedStepper(table, 0, counter())
+    x = torch.randn(2, 3, 4)
+    traced.reserve(x.shape, x.dtype)
+    graph = make_fx(lambda sample, output: traced.step(sample, output))(x, x).graph
+    computed = [
+        str(node.target)
+        for node in graph.nodes
+        if node.op == "call_function" and getattr(node.meta["val"], "shape", ())[-3:] == x.shape
+    ]
+    assert computed.count("fastdiff.solver_step_indexed.default") == 1
+    assert computed.count("aten.copy_.default") == table.num_registers - 1
+    assert set(computed) <= {
+        *("fastdiff.solver_step_indexed.default", "aten.copy_.default"),
+        *("_operator.getitem", "<built-in function getitem>", "aten.select.int"),
+    }
