@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -216,6 +216,20 @@ class TracedStepper:
                 shape, dtype=state_dtype(dtype), device=self.counter.device
             )
 
+    def warm_up(self, shape: Sequence[int], dtype: torch.dtype, output_dtype: torch.dtype) -> None:
+        """Reserves, and runs the kernel of such a step, which changes nothing else.
+
+        A capture can neither make memory that stays nor load a kernel.
+        """
+        if self.reserved(shape, dtype):
+            return
+        self.reserve(shape, dtype)
+        with torch.inference_mode(False):
+            sample = torch.zeros(tuple(shape), dtype=dtype, device=self.counter.device)
+            self._new_values(
+                sample, sample.to(output_dtype), sample if self.draws else None, solver_step_indexed
+            )
+
     def reserved(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
         """Whether :meth:`reserve` has been called for such states."""
         kept = self.registers.get(tuple(shape))
@@ -238,25 +252,35 @@ class TracedStepper:
                 f"output must have the sample's shape {tuple(sample.shape)}, "
                 f"got {tuple(output.shape)}"
             )
-        assert self._rows is not None
-        held = state_dtype(sample.dtype)
         run = results if torch.compiler.is_compiling() else solver_step_indexed
-        kept = self.registers[tuple(sample.shape)] if self.num_registers > 1 else None
         with torch.no_grad():
-            following, *history, prediction = run(
-                sample.to(held),
-                kernel_output(output, held),
-                self._rows,
-                self.counter,
-                history=kept,
-                noise=None if noise is None else noise.to(held),
-                with_prediction=True,
-            )
-            if kept is not None:
+            following, *history, prediction = self._new_values(sample, output, noise, run)
+            if self.num_registers > 1:
+                kept = self.registers[tuple(sample.shape)]
                 for register, value in zip(kept.unbind(0), history, strict=True):
                     register.copy_(value)
             self.counter.add_(1)
         return following, prediction
+
+    def _new_values(
+        self,
+        sample: Tensor,
+        output: Tensor,
+        noise: Tensor | None,
+        run: Callable[..., Iterable[Tensor]],
+    ) -> Iterable[Tensor]:
+        """Of the counter's row: the state, the other registers, the prediction."""
+        assert self._rows is not None
+        held = state_dtype(sample.dtype)
+        return run(
+            sample.to(held),
+            kernel_output(output, held),
+            self._rows,
+            self.counter,
+            history=self.registers[tuple(sample.shape)] if self.num_registers > 1 else None,
+            noise=None if noise is None else noise.to(held),
+            with_prediction=True,
+        )
 
 
 def place_rows(kept: Tensor | None, values: np.ndarray, first: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastdiff.ops import solver_step_indexed
 from fastdiff.solvers import SOLVERS, SolverTable, make_table
 from fastdiff.solvers.stepper import Stepper, TracedStepper
 
@@ -134,3 +135,24 @@ def test_a_recorded_traced_step_is_one_op():
         *("fastdiff.solver_step_indexed.default", "aten.copy_.default"),
         *("_operator.getitem", "<built-in function getitem>", "aten.select.int"),
     }
+
+
+@pytest.mark.parametrize("name", ["dpmpp_3m", "ddpm"])
+def test_a_warm_up_runs_the_kernel_and_changes_nothing(name, monkeypatch):
+    table = make_table(name, "scaled_linear", 8)
+    traced, plain = (TracedStepper(table, 0, counter()) for _ in range(2))
+    x = torch.randn(2, 3, 4)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append((args[1].dtype, kwargs["noise"] is not None))
+        return solver_step_indexed(*args, **kwargs)
+
+    monkeypatch.setattr("fastdiff.solvers.stepper.solver_step_indexed", counted)
+    for _ in range(2):
+        traced.warm_up(x.shape, x.dtype, torch.bfloat16)
+    assert calls == [(torch.bfloat16, name == "ddpm")]
+    assert int(traced.counter) == 0
+    plain.reserve(x.shape, x.dtype)
+    for mine, theirs in zip(run(table, traced, x), run(table, plain, x), strict=True):
+        assert torch.equal(mine, theirs)
