@@ -44,19 +44,31 @@ def normal(
 @functools.lru_cache(maxsize=64)
 def device_seeds(seeds: tuple[int, ...], device: torch.device) -> Tensor:
     """The seeds as the kernels read them: 64 bits each, on ``device``."""
+    return _signed(seeds, device)
+
+
+def _signed(seeds: Sequence[int], device: torch.device | str) -> Tensor:
     signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
     return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
 def reference_normal(
-    shape: Sequence[int], seeds: Sequence[int], draw: int, device: torch.device | str
+    shape: Sequence[int],
+    seeds: Sequence[int] | Tensor,
+    draw: int | Tensor,
+    device: torch.device | str,
 ) -> Tensor:
-    """Float32 normals [len(seeds), ...] in plain PyTorch."""
+    """Float32 normals [images, ...] in plain PyTorch.
+
+    seeds: one per image; as a tensor, int64 with their 64 bits. draw: a tensor is int64, 0-dim, and
+    is not looked at on the host.
+    """
+    if not isinstance(seeds, Tensor):
+        seeds = _signed(seeds, device)
     count = math.prod(shape[1:])
-    groups = torch.arange((count + 3) // 4, device=device).expand(len(seeds), -1)
+    groups = torch.arange((count + 3) // 4, device=device).expand(shape[0], -1)
     zero = torch.zeros_like(groups)
-    keys = [(seed & _LOW, seed >> 32) for seed in seeds]
-    key = [torch.tensor(column, device=device)[:, None] for column in zip(*keys, strict=True)]
+    key = [(seeds & _LOW)[:, None], (seeds >> 32 & _LOW)[:, None]]
     c = philox4x32([groups & _LOW, zero + draw, groups >> 32, zero], key)
     z = torch.stack([*_box_muller(c[0], c[1]), *_box_muller(c[2], c[3])], -1)
     return z.flatten(1)[:, :count].reshape(tuple(shape))

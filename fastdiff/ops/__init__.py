@@ -25,6 +25,8 @@ from fastdiff.ops.rms_norm import OP as _RMS_NORM
 from fastdiff.ops.rms_norm import rms_norm
 from fastdiff.ops.solver_step import OP as _SOLVER_STEP
 from fastdiff.ops.solver_step import solver_step
+from fastdiff.ops.solver_step_indexed import OP as _SOLVER_STEP_INDEXED
+from fastdiff.ops.solver_step_indexed import solver_step_indexed
 from fastdiff.ops.swiglu import OP as _SWIGLU
 from fastdiff.ops.swiglu import swiglu
 from fastdiff.ops.timestep_embedding import OP as _TIMESTEP_EMBEDDING
@@ -36,6 +38,7 @@ OPS: tuple[Op, ...] = (
     _GROUP_NORM_SILU,
     _ADD_GROUP_NORM_SILU,
     _SOLVER_STEP,
+    _SOLVER_STEP_INDEXED,
     _GEGLU,
     _SWIGLU,
     _TIMESTEP_EMBEDDING,
@@ -64,6 +67,7 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "solver_step",
+    "solver_step_indexed",
     "swiglu",
     "timestep_embedding",
     "timestep_mlp",

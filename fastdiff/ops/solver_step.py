@@ -122,7 +122,7 @@ def reference(*args: Any, **kwargs: Any) -> Tensor:
     """The op in plain PyTorch; each product and each sum is an operation of its own."""
     step = Step(*args, **kwargs)
     values = torch.stack(_values(step))
-    out = _empty_result(step)
+    out = empty_stack(step.registers[0], len(step.updates))
     return values if values.stride() == out.stride() else out.copy_(values)
 
 
@@ -159,9 +159,8 @@ def _sum(terms: list[tuple[float, Any]], like: Tensor) -> Tensor:
     return torch.zeros_like(like) if total is None else total
 
 
-def _empty_result(step: Step) -> Tensor:
-    """[updates, B, ...] with the memory order of a register."""
-    count, x = len(step.updates), step.registers[0]
+def empty_stack(x: Tensor, count: int) -> Tensor:
+    """[count, ...] of tensors like ``x``, each with its memory order."""
     if x.is_contiguous():
         return x.new_empty((count, *x.shape))
     strides = torch.empty_like(x).stride()
@@ -227,27 +226,29 @@ def _triton_row(row: _Row, dtype: torch.dtype, device: torch.device) -> tuple[An
     return structure, torch.tensor(coef[0], dtype=dtype, device=device)
 
 
-def _channels(step: Step) -> int:
-    """1 for contiguous registers, C for channels-last ones."""
-    return 1 if step.registers[0].is_contiguous() else step.registers.shape[2]
+def channels_of(x: Tensor) -> int:
+    """1 for a contiguous state, C for a channels-last one."""
+    return 1 if x.is_contiguous() else int(x.shape[1])
 
 
-def _unsupported(step: Step) -> str:
-    """Why the kernels cannot take these tensors, or ""."""
-    registers, updates = step.registers.shape[0], len(step.updates)
-    if registers + updates > MAX_REGISTERS:
-        return f"{registers} registers and {updates} updates are more than {MAX_REGISTERS}"
-    wide = torch.float64 in (step.registers.dtype, step.output.dtype)
-    if wide and step.registers.dtype != step.output.dtype:
-        return f"registers are {step.registers.dtype}, output is {step.output.dtype}"
-    tensors = [step.registers[0], step.output, step.uncond, step.noise]
-    given = [tensor for tensor in tensors if tensor is not None]
+def unsupported_tensors(x: Tensor, output: Tensor, *others: Tensor | None) -> str:
+    """Why the kernels cannot take a state, an output and more tensors of their shape, or ""."""
+    if torch.float64 in (x.dtype, output.dtype) and x.dtype != output.dtype:
+        return f"registers are {x.dtype}, output is {output.dtype}"
+    given = [x, output, *(tensor for tensor in others if tensor is not None)]
     formats = [torch.contiguous_format]
-    if step.output.dim() == 4:
+    if x.dim() == 4:
         formats.append(torch.channels_last)
     if not any(all(t.is_contiguous(memory_format=f) for t in given) for f in formats):
         return "registers, output, uncond and noise are not in one dense memory order"
     return ""
+
+
+def _unsupported(step: Step) -> str:
+    registers, updates = step.registers.shape[0], len(step.updates)
+    if registers + updates > MAX_REGISTERS:
+        return f"{registers} registers and {updates} updates are more than {MAX_REGISTERS}"
+    return unsupported_tensors(step.registers[0], step.output, step.uncond, step.noise)
 
 
 def _cpp_supports(*args: Any, **kwargs: Any) -> str:
@@ -298,13 +299,13 @@ def _pointers(step: Step, out: Tensor) -> dict[str, Any]:
         "noise": 0 if step.noise is None else step.noise.data_ptr(),
         "images": out.shape[1],
         "per_image": out[0, 0].numel(),
-        "channels": _channels(step),
+        "channels": channels_of(out[0]),
     }
 
 
 def _cpp(*args: Any, **kwargs: Any) -> Tensor:
     step = Step(*args, **kwargs)
-    out = _empty_result(step)
+    out = empty_stack(step.registers[0], len(step.updates))
     if out.numel():
         seeds = [] if step.seeds is None else list(step.seeds)
         threads = torch.get_num_threads()
@@ -314,7 +315,7 @@ def _cpp(*args: Any, **kwargs: Any) -> Tensor:
 
 def _cuda(*args: Any, **kwargs: Any) -> Tensor:
     step = Step(*args, **kwargs)
-    out = _empty_result(step)
+    out = empty_stack(step.registers[0], len(step.updates))
     if out.numel():
         with torch.cuda.device(out.device):
             seeds = None if step.seeds is None else device_seeds(tuple(step.seeds), out.device)
@@ -330,7 +331,7 @@ def _triton(*args: Any, **kwargs: Any) -> Tensor:
     from fastdiff.kernels import solver_step as kernels
 
     step = Step(*args, **kwargs)
-    out = _empty_result(step)
+    out = empty_stack(step.registers[0], len(step.updates))
     if out.numel():
         structure, coef = _triton_row(_Row.of(step), out.dtype, out.device)
         seeds = None if step.seeds is None else device_seeds(tuple(step.seeds), out.device)
@@ -348,7 +349,7 @@ def _triton(*args: Any, **kwargs: Any) -> Tensor:
             noise=step.noise,
             seeds=seeds,
             draw=step.draw,
-            channels=_channels(step),
+            channels=channels_of(out[0]),
             policy=policy,
         )
     return out

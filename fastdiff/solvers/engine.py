@@ -2,6 +2,8 @@
 
 Every product and every sum is a torch operation of its own, in the registers' dtype and in the
 order of the table: nothing is contracted to an FMA, so every engine can round the same way.
+
+For one recorded step that replays a whole trajectory, see fastdiff/solvers/trajectory.py.
 """
 
 from __future__ import annotations

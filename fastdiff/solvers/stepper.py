@@ -7,9 +7,8 @@ row, which is what compilers and CUDA graphs need.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from fastdiff._ext import DTYPE_CODES, ext
+from fastdiff.ops.solver_step_indexed import results, solver_step_indexed
 from fastdiff.solvers.engine import native_table, state_dtype, step_reference
 from fastdiff.solvers.table import SolverTable, Update
+from fastdiff.solvers.trajectory import dense_rows, rows_dtype
 
 
 def _functional(table: SolverTable) -> SolverTable:
@@ -45,6 +46,13 @@ def _check_rows(table: SolverTable) -> None:
         raise ValueError(f"table must have no rules here, {table.name} has")
     if any(row.feed != 0 for row in table.rows):
         raise ValueError(f"table must feed the model from register 0, got {table.name}")
+
+
+def kernel_output(output: Tensor, held: torch.dtype) -> Tensor:
+    """In ``held`` what the kernels do not take: float64 with other registers, other dtypes."""
+    if torch.float64 in (held, output.dtype) or output.dtype not in DTYPE_CODES:
+        return output.to(held)
+    return output
 
 
 class Stepper:
@@ -90,11 +98,8 @@ class Stepper:
                 f"got {tuple(output.shape)}"
             )
         held = state_dtype(sample.dtype)
-        # The kernels take float64 registers with a float64 output, and no other mixture.
-        if torch.float64 in (held, output.dtype) or output.dtype not in DTYPE_CODES:
-            output = output.to(held)
         state = sample.to(held).contiguous()
-        output = output.contiguous()
+        output = kernel_output(output, held).contiguous()
         new, prediction = torch.empty_like(state), torch.empty_like(state)
         if self.table.num_registers > 1 and not self._fits(state):
             extra = self.table.num_registers - 1
@@ -158,22 +163,6 @@ def capacity(rows: int) -> int:
     return size
 
 
-def dense_rows(table: SolverTable, registers: int) -> tuple[np.ndarray, np.ndarray]:
-    """The table as float64 arrays [N, R, R + 2] and [N, 2], R = ``registers``, 0 where it has less.
-
-    ``registers' = rows[i] @ [*registers, prediction, noise]`` with
-    ``prediction = p[i] @ [state, output]``. What a row does not update stays.
-    """
-    rows = np.zeros((len(table), registers, registers + 2))
-    rows[:, range(registers), range(registers)] = 1.0
-    for row, values in zip(table.rows, rows, strict=True):
-        for update in row.updates:
-            values[update.dest, : table.num_registers] = update.from_registers
-            values[update.dest, table.num_registers : registers] = 0.0
-            values[update.dest, registers:] = update.from_prediction, update.from_noise
-    return rows, np.array([(row.from_state, row.from_output) for row in table.rows])
-
-
 class TracedStepper:
     """A table's rows as tensors: one step is the same torch operations whichever row it is.
 
@@ -190,25 +179,24 @@ class TracedStepper:
 
     def __init__(self, table: SolverTable, first: int, counter: Tensor) -> None:
         self.counter = counter
-        self.registers: dict[tuple[int, ...], list[Tensor]] = {}
+        self.registers: dict[tuple[int, ...], Tensor] = {}
         self.captured = False
         self.num_registers = 1
         self._rows: Tensor | None = None
-        self._predictions: Tensor | None = None
         self.load(table, first)
 
     def load(self, table: SolverTable, first: int = 0) -> None:
         """Takes the rows of ``table``, the first of which is run where the counter is ``first``.
 
-        Rows before and after them are NaN. The registers become 0.
+        Rows before and after them are NaN. What is in the registers does not matter: a table reads
+        none that it has not written.
         """
         _check_rows(table)
         # A short run may have less history. It does with what there is: the program is the same.
         self.num_registers = max(self.num_registers, table.num_registers)
-        rows, predictions = dense_rows(table, self.num_registers)
-        device, before = self.counter.device, self._rows
-        self._rows = place_rows(before, rows, first, device)
-        self._predictions = place_rows(self._predictions, predictions, first, device)
+        before = self._rows
+        rows = dense_rows(table, self.num_registers)
+        self._rows = place_rows(before, rows, first, self.counter.device)
         self.draws = table.num_draws > 0
         if self.captured and self._rows is not before:
             self.captured = False
@@ -217,65 +205,82 @@ class TracedStepper:
                 "capture it again",
                 stacklevel=2,
             )
-        for kept in self.registers.values():
-            for register in kept:
-                register.zero_()
 
     def reserve(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Makes the registers for states of this shape and dtype, unless there are some."""
         if self.reserved(shape, dtype):
             return
-        held, device = state_dtype(dtype), self.counter.device
+        shape = (self.num_registers - 1, *shape)
         with torch.inference_mode(False):
-            self.registers[tuple(shape)] = [
-                torch.zeros(tuple(shape), dtype=held, device=device)
-                for _ in range(self.num_registers - 1)
-            ]
+            self.registers[shape[1:]] = torch.zeros(
+                shape, dtype=state_dtype(dtype), device=self.counter.device
+            )
+
+    def warm_up(self, shape: Sequence[int], dtype: torch.dtype, output_dtype: torch.dtype) -> None:
+        """Reserves, and runs the kernel of such a step, which changes nothing else.
+
+        A capture can neither make memory that stays nor load a kernel.
+        """
+        if self.reserved(shape, dtype):
+            return
+        self.reserve(shape, dtype)
+        with torch.inference_mode(False):
+            sample = torch.zeros(tuple(shape), dtype=dtype, device=self.counter.device)
+            self._new_values(
+                sample, sample.to(output_dtype), sample if self.draws else None, solver_step_indexed
+            )
 
     def reserved(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
         """Whether :meth:`reserve` has been called for such states."""
-        kept = self.registers.get(tuple(shape), [])
-        return len(kept) == self.num_registers - 1 and all(
-            register.dtype == state_dtype(dtype) for register in kept
+        kept = self.registers.get(tuple(shape))
+        return (
+            kept is not None
+            and kept.shape[0] == self.num_registers - 1
+            and kept.dtype == state_dtype(dtype)
         )
 
     def step(
         self, sample: Tensor, output: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(the next state, the prediction) in the registers' dtype; as :meth:`Stepper.step`."""
+        """(the next state, the prediction) in the registers' dtype; as :meth:`Stepper.step`.
+
+        One launch and a copy of each register besides the state, where a kernel runs. A compiler
+        gets the plain operations, which it fuses with those around them.
+        """
         if output.shape != sample.shape:
             raise ValueError(
                 f"output must have the sample's shape {tuple(sample.shape)}, "
                 f"got {tuple(output.shape)}"
             )
-        assert self._rows is not None
-        assert self._predictions is not None
+        run = results if torch.compiler.is_compiling() else solver_step_indexed
         with torch.no_grad():
-            held = state_dtype(sample.dtype)
-            rows = pick_row(self._rows, self.counter).to(held)
-            of_state, of_output = pick_row(self._predictions, self.counter).to(held).unbind()
-            state, output = sample.to(held), output.to(held)
-            prediction = of_state * state + of_output * output
-            kept: list[Tensor] = []
+            following, *history, prediction = self._new_values(sample, output, noise, run)
             if self.num_registers > 1:
                 kept = self.registers[tuple(sample.shape)]
-            operands = [state, *kept, prediction]
-            if noise is not None:
-                operands.append(noise.to(held))
-            # Every term of every update, 0 or not: the program must not depend on the run.
-            new = []
-            for coefficients in rows.unbind():
-                terms = zip(coefficients.unbind(), operands, strict=False)
-                new.append(functools.reduce(torch.add, [c * operand for c, operand in terms]))
-            for register, value in zip(kept, new[1:], strict=True):
-                register.copy_(value)
+                for register, value in zip(kept.unbind(0), history, strict=True):
+                    register.copy_(value)
             self.counter.add_(1)
-        return new[0], prediction
+        return following, prediction
 
-
-def pick_row(rows: Tensor, counter: Tensor) -> Tensor:
-    """``rows[counter]`` without a look at the counter; past the end, the last row."""
-    return rows.index_select(0, counter.clamp(max=rows.shape[0] - 1).reshape(1))[0]
+    def _new_values(
+        self,
+        sample: Tensor,
+        output: Tensor,
+        noise: Tensor | None,
+        run: Callable[..., Iterable[Tensor]],
+    ) -> Iterable[Tensor]:
+        """Of the counter's row: the state, the other registers, the prediction."""
+        assert self._rows is not None
+        held = state_dtype(sample.dtype)
+        return run(
+            sample.to(held),
+            kernel_output(output, held),
+            self._rows,
+            self.counter,
+            history=self.registers[tuple(sample.shape)] if self.num_registers > 1 else None,
+            noise=None if noise is None else noise.to(held),
+            with_prediction=True,
+        )
 
 
 def place_rows(kept: Tensor | None, values: np.ndarray, first: int, device: torch.device) -> Tensor:
@@ -285,10 +290,8 @@ def place_rows(kept: Tensor | None, values: np.ndarray, first: int, device: torc
         size = max(size, kept.shape[0])
     filled = np.full((size, *values.shape[1:]), np.nan)
     filled[first : first + len(values)] = values
-    # The only accelerator without float64.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
     with torch.inference_mode(False):
-        new = torch.from_numpy(filled).to(dtype)
+        new = torch.from_numpy(filled).to(rows_dtype(device))
         if kept is not None and kept.device == device and kept.shape == new.shape:
             return kept.copy_(new)
         return new.to(device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastdiff.ops import solver_step_indexed
 from fastdiff.solvers import SOLVERS, SolverTable, make_table
 from fastdiff.solvers.stepper import Stepper, TracedStepper
 
@@ -64,7 +66,7 @@ def test_another_table_goes_into_the_same_tensors():
     at = counter(2)
     traced = TracedStepper(tables[0], 2, at)
     traced.reserve(x.shape, x.dtype)
-    held = [traced._rows, traced._predictions, *traced.registers[tuple(x.shape)]]
+    held = [traced._rows, *traced.registers[tuple(x.shape)]]
     addresses = [tensor.data_ptr() for tensor in held]
     for table, first in zip(tables, (2, 0, 5), strict=True):
         at.fill_(first)
@@ -74,7 +76,7 @@ def test_another_table_goes_into_the_same_tensors():
         mine, _ = run(table, traced, x, first)
         theirs, _ = run(table, Stepper(table, first), x, first)
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-        now = [traced._rows, traced._predictions, *traced.registers[tuple(x.shape)]]
+        now = [traced._rows, *traced.registers[tuple(x.shape)]]
         assert [tensor.data_ptr() for tensor in now] == addresses
 
 
@@ -113,3 +115,44 @@ def test_errors():
     traced = TracedStepper(table, 0, counter())
     with pytest.raises(ValueError, match="output must have the sample's shape"):
         traced.step(x, x[:1])
+
+
+def test_a_recorded_traced_step_is_one_op():
+    """And the registers' copies: nothing else touches a state."""
+    table = make_table("dpmpp_3m", "scaled_linear", 8)
+    traced = TracedStepper(table, 0, counter())
+    x = torch.randn(2, 3, 4)
+    traced.reserve(x.shape, x.dtype)
+    graph = make_fx(lambda sample, output: traced.step(sample, output))(x, x).graph
+    computed = [
+        str(node.target)
+        for node in graph.nodes
+        if node.op == "call_function" and getattr(node.meta["val"], "shape", ())[-3:] == x.shape
+    ]
+    assert computed.count("fastdiff.solver_step_indexed.default") == 1
+    assert computed.count("aten.copy_.default") == table.num_registers - 1
+    assert set(computed) <= {
+        *("fastdiff.solver_step_indexed.default", "aten.copy_.default"),
+        *("_operator.getitem", "<built-in function getitem>", "aten.select.int"),
+    }
+
+
+@pytest.mark.parametrize("name", ["dpmpp_3m", "ddpm"])
+def test_a_warm_up_runs_the_kernel_and_changes_nothing(name, monkeypatch):
+    table = make_table(name, "scaled_linear", 8)
+    traced, plain = (TracedStepper(table, 0, counter()) for _ in range(2))
+    x = torch.randn(2, 3, 4)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append((args[1].dtype, kwargs["noise"] is not None))
+        return solver_step_indexed(*args, **kwargs)
+
+    monkeypatch.setattr("fastdiff.solvers.stepper.solver_step_indexed", counted)
+    for _ in range(2):
+        traced.warm_up(x.shape, x.dtype, torch.bfloat16)
+    assert calls == [(torch.bfloat16, name == "ddpm")]
+    assert int(traced.counter) == 0
+    plain.reserve(x.shape, x.dtype)
+    for mine, theirs in zip(run(table, traced, x), run(table, plain, x), strict=True):
+        assert torch.equal(mine, theirs)

@@ -11,8 +11,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.solvers.stepper import Stepper, TracedStepper, pick_row, place_rows
+from fastdiff.solvers.stepper import Stepper, TracedStepper, place_rows
 from fastdiff.solvers.table import SolverTable
+from fastdiff.solvers.trajectory import pick_row
 
 
 def is_traced(sample: Tensor) -> bool:
@@ -174,7 +175,7 @@ class TableStep:
             index = self._index(timestep)
             stepper = self._stepper
             if stepper is None or options != self._options or not stepper.follows(index):
-                stepper = self._new_stepper(index, sample, options)
+                stepper = self._new_stepper(index, sample, options, model_output.dtype)
             if noise is None and stepper.draws(index):
                 noise = self._draw(model_output, generator)
             results = stepper.step(index, sample, model_output, noise)
@@ -183,11 +184,14 @@ class TableStep:
             return results[0].to(sample.dtype), results[1].to(sample.dtype)
         return results
 
-    def _new_stepper(self, index: int, sample: Tensor, options: tuple[Any, ...]) -> Stepper:
+    def _new_stepper(
+        self, index: int, sample: Tensor, options: tuple[Any, ...], output_dtype: torch.dtype
+    ) -> Stepper:
         self._eager_run = True
         self._stepper = Stepper(self._table_from(index, options), index)
-        for rows in (self._rows or {}).values():  # for a capture: memory must be there before it
-            rows.reserve(sample.shape, sample.dtype)
+        # For a capture: memory and kernels must be there before it.
+        for rows in (self._rows or {}).values():
+            rows.warm_up(sample.shape, sample.dtype, output_dtype)
         return self._stepper
 
     def _draw(self, model_output: Tensor, generator: Any) -> Tensor:
