@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastdiff.ops._contract import Op
+from fastdiff.ops.adaln_attention import OP as _ADALN_ATTENTION
+from fastdiff.ops.adaln_attention import adaln_attention
 from fastdiff.ops.attention import OP as _ATTENTION
 from fastdiff.ops.attention import attention
 from fastdiff.ops.gate_residual import OP as _GATE_RESIDUAL
@@ -44,11 +46,13 @@ OPS: tuple[Op, ...] = (
     _GATE_RESIDUAL_NORM_MODULATE,
     _LAYER_NORM_MODULATE,
     _RMS_NORM,
+    _ADALN_ATTENTION,
 )
 
 __all__ = [
     "OPS",
     "Op",
+    "adaln_attention",
     "attention",
     "gate_residual",
     "gate_residual_norm_modulate",
