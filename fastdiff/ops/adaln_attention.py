@@ -416,7 +416,8 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 # before the gate saves four transfers of x: against the products' 8 C^2 operations per token that
 # is C operations per byte (16 bits), where an A100 does about 150 and an H100 300 in the time of
 # one byte. Beyond this width it saves less than a fifth of the products' time (H100), which
-# cuBLAS's own advantage over products in Triton may be.
+# cuBLAS's own advantage over products in Triton may be. float32 products are a fallback here: they
+# run without tensor cores, in small tiles.
 MAX_FUSED_WIDTH = 1536
 MIN_FUSED_TOKENS = 64  # the least block of rows, which does not cross images
 

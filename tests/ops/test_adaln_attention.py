@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdiff.models.dit import DiTBlock, DiTConfig
 from fastdiff.ops import adaln_attention
@@ -228,12 +229,18 @@ def test_extra_arguments_are_the_main_ones() -> None:
 
 
 def test_what_auto_takes() -> None:
-    assert prefer(**GOOD) == "composed"  # on the CPU
-    image = torch.zeros(2, 256, 1152, device="meta", dtype=torch.bfloat16)
     call = _call("one token, one head", torch.float32)
+    assert prefer(*call.args, **call.kwargs) == "composed"
     assert not OP.why_not("composed", *call.args, **call.kwargs)
     assert "CUDA devices" in OP.why_not("triton", *call.args, **call.kwargs)
-    assert prefer(**{**GOOD, "x": image}) == "composed"
+
+    def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        with FakeTensorMode():
+            return prefer(**{**GOOD, "x": torch.empty(shape, device="cuda", dtype=dtype)})
+
+    assert on_gpu(2, 256, 1152) == on_gpu(2, 4096, 1536) == "triton"
+    assert on_gpu(1, 4096, 3072) == on_gpu(64, 1, 1152) == "composed"
+    assert on_gpu(2, 256, 1152, dtype=torch.float32) == "composed"
 
 
 def test_launch_policy_covers_every_shape() -> None:
@@ -276,11 +283,12 @@ import torch
 import fastdiff
 from fastdiff.ops.adaln_attention import OP
 
-# The second image starts 2.2e9 elements after the first; what is never touched costs no memory.
-far = 2**31 + 2**27
-call = next(s for s in OP.samples if s.name == "two heads, statistics").make("cpu", torch.bfloat16)
+# The third image starts 2^31 elements after the first, at a stride that int32 holds; what is never
+# touched costs no memory.
+far = 2**30 + 64
+call = next(s for s in OP.samples if s.name == "a batch").make("cpu", torch.bfloat16)
 near = call.args[0]
-x = torch.empty(far + near[0].numel(), dtype=near.dtype)
+x = torch.empty(2 * far + near[0].numel(), dtype=near.dtype)
 x = x.as_strided(near.shape, (far, near.stride(1), 1)).copy_(near)
 expected = OP(near, **call.kwargs, impl="triton")
 result = OP(x, **call.kwargs, impl="triton")
