@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdiff.kernels._common import rounded
 
 ALIGN = 8  # elements: 16 bytes of fp16 or bf16, one load
 _ALIGN = tl.constexpr(ALIGN)
@@ -46,15 +47,6 @@ def _load_piece(
         return tl.load(pointer + offsets, mask=(column < HEAD_DIM)[None, :], other=other)
     else:
         return tl.load(pointer + offsets)
-
-
-@triton.jit
-def _to(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x (fp32) in dtype, rounded to nearest: the interpreter cuts bf16 off, so it rounds before."""
-    if PRECISION == "interpret" and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -147,8 +139,8 @@ def _ready(
                 x1 = _rotate(
                     x1, cos_ptr, sin_ptr, cos_stride, sin_stride, row, rope_rows, HEAD_DIM, D0, D1
                 )
-        x0 = _to(x0, pointer.dtype.element_ty, PRECISION)
-        x1 = _to(x1, pointer.dtype.element_ty, PRECISION)
+        x0 = rounded(x0, pointer.dtype.element_ty)
+        x1 = rounded(x1, pointer.dtype.element_ty)
     return x0, x1
 
 
@@ -188,7 +180,7 @@ def _key_block(
     p = tl.exp2((s - base[:, None]) * factor)
     total = total * shrink + tl.sum(p, 1)
     v0 = _load_piece(v_ptr, row, count, v_stride, 0.0, HEAD_DIM, 0, D0, CHECK)
-    p = _to(p, v0.dtype, PRECISION)
+    p = rounded(p, v0.dtype)
     acc0 = _dot(p, v0, acc0 * shrink[:, None], PRECISION)
     if D1 > 0:
         v1 = _load_piece(v_ptr, row, count, v_stride, 0.0, HEAD_DIM, D0, D1, CHECK)
@@ -364,8 +356,8 @@ def attention_kernel(
         out_stride = H * HEAD_DIM
         out_ptr += ((b * rows + first) * H + h) * HEAD_DIM
     if not SPLIT:
-        acc0 = _to(acc0, q_ptr.dtype.element_ty, PRECISION)
-        acc1 = _to(acc1, q_ptr.dtype.element_ty, PRECISION)
+        acc0 = rounded(acc0, q_ptr.dtype.element_ty)
+        acc1 = rounded(acc1, q_ptr.dtype.element_ty)
     _store_piece(out_ptr, acc0, row, count, out_stride, HEAD_DIM, 0, D0)
     if D1 > 0:
         _store_piece(out_ptr, acc1, row, count, out_stride, HEAD_DIM, D0, D1)
@@ -414,7 +406,7 @@ def combine_kernel(
         lse = tl.where(total == 0.0, float("-inf"), m + tl.log(total))
         tl.store(lse_ptr + bh.to(tl.int64) * rows + row, lse, mask=present)
     wide = row.to(tl.int64)
-    value = _to(acc, out_ptr.dtype.element_ty, PRECISION)
+    value = rounded(acc, out_ptr.dtype.element_ty)
     offsets = ((b * Sq + wide) * H + h)[:, None] * HEAD_DIM + column[None, :]
     tl.store(out_ptr + offsets, value, mask=mask & (row < Sq)[:, None])
     if HAS_EXTRA_Q:

@@ -19,6 +19,15 @@ def arch_of(x: torch.Tensor) -> int:
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x (fp32) in dtype, to nearest: the interpreter cuts bf16 off, so it rounds before."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """x in fp32 through "gelu", "gelu_tanh", "silu" or "none".
 

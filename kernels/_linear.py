@@ -91,16 +91,37 @@ def select(
 
 
 @triton.jit
-def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows and columns of program `pid`, GROUP_M blocks of rows at a time."""
-    columns = tl.cdiv(N, BLOCK_N)
-    blocks = tl.cdiv(M, BLOCK_M)
+def blocks_of(pid, rows, columns):
+    """The numbers of program `pid`'s blocks, of so many of rows and of columns: GROUP_M blocks of
+    rows at a time."""
     group = pid // (GROUP_M * columns)
-    height = tl.minimum(blocks - group * GROUP_M, GROUP_M)
+    height = tl.minimum(rows - group * GROUP_M, GROUP_M)
     inside = pid % (GROUP_M * columns)
-    m = (group * GROUP_M + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (inside // height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return m, n
+    return group * GROUP_M + inside % height, inside // height
+
+
+@triton.jit
+def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The rows and columns of program `pid`."""
+    m, n = blocks_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
+    return m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def load_tile(pointers, keep, EVEN_K: tl.constexpr):
+    """A tile of an operand; keep: which of it is there, everything if EVEN_K."""
+    if EVEN_K:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=keep, other=0.0)
+
+
+@triton.jit
+def multiply(x, w, acc):
+    """acc + x w, in fp32."""
+    if INTERPRETED:
+        x, w = x.to(tl.float32), w.to(tl.float32)
+    return tl.dot(x, w, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -126,23 +147,11 @@ def _linear_kernel(
     first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(first_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(k < K - start)[None, :], other=0.0)
-            w = tl.load(first_ptrs, mask=(k < K - start)[:, None], other=0.0)
-        if INTERPRETED:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        first = tl.dot(x, w, first, input_precision="ieee")
+        keep = k < K - start
+        x = load_tile(x_ptrs, keep[None, :], EVEN_K)
+        first = multiply(x, load_tile(first_ptrs, keep[:, None], EVEN_K), first)
         if GATED:
-            if EVEN_K:
-                v = tl.load(second_ptrs)
-            else:
-                v = tl.load(second_ptrs, mask=(k < K - start)[:, None], other=0.0)
-            if INTERPRETED:
-                v = v.to(tl.float32)
-            second = tl.dot(x, v, second, input_precision="ieee")
+            second = multiply(x, load_tile(second_ptrs, keep[:, None], EVEN_K), second)
             second_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
         first_ptrs += BLOCK_K

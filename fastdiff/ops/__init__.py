@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastdiff.ops._contract import Op
+from fastdiff.ops.adaln_attention import OP as _ADALN_ATTENTION
+from fastdiff.ops.adaln_attention import adaln_attention
 from fastdiff.ops.add_group_norm_silu import OP as _ADD_GROUP_NORM_SILU
 from fastdiff.ops.add_group_norm_silu import add_group_norm_silu
 from fastdiff.ops.attention import OP as _ATTENTION
@@ -50,11 +52,13 @@ OPS: tuple[Op, ...] = (
     _GATE_RESIDUAL_NORM_MODULATE,
     _LAYER_NORM_MODULATE,
     _RMS_NORM,
+    _ADALN_ATTENTION,
 )
 
 __all__ = [
     "OPS",
     "Op",
+    "adaln_attention",
     "add_group_norm_silu",
     "attention",
     "gate_residual",

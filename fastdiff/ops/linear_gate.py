@@ -80,13 +80,17 @@ def check(
 
 
 def check_layer(
-    features: int, like: tuple[str, Tensor], weight: Tensor, bias: Tensor | None, suffix: str = ""
+    features: int,
+    like: tuple[str, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str] = ("weight", "bias"),
 ) -> None:
     """ValueError or TypeError unless these belong to a linear layer of `features` inputs.
 
-    like: the name and the tensor that give the dtype and the device; suffix: of the names.
+    like: the name and the tensor that give the dtype and the device; names: of the layer's.
     """
-    wide, vector = ("w" + suffix, "b" + suffix) if suffix else ("weight", "bias")
+    wide, vector = names
     if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] < 1:
         raise ValueError(
             f"{wide} must have shape [N, {features}] with N > 0, got {tuple(weight.shape)}"

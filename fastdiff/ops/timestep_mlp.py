@@ -59,8 +59,8 @@ def check(
     check_embedding(t, w1.shape[1], flip_sin_to_cos, downscale_freq_shift, max_period, scale)
     if w1.device != t.device:
         raise ValueError(f"w1 must be on {t.device} like t, got {w1.device}")
-    check_layer(w1.shape[1], ("w1", w1), w1, b1, "1")
-    check_layer(w1.shape[0], ("w1", w1), w2, b2, "2")
+    check_layer(w1.shape[1], ("w1", w1), w1, b1, ("w1", "b1"))
+    check_layer(w1.shape[0], ("w1", w1), w2, b2, ("w2", "b2"))
 
 
 def _triton_supports(t: Tensor, w1, b1, w2, b2, *args, **kwargs) -> str:
