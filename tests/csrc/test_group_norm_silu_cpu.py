@@ -48,6 +48,8 @@ class Case:
     shift: Tensor | None = None
     eps: float = 1e-5
     silu: bool = True
+    skip: Tensor | None = None
+    residual: Tensor | None = None
 
 
 def plain(case: Case, dtype: torch.dtype) -> Tensor:
@@ -57,6 +59,10 @@ def plain(case: Case, dtype: torch.dtype) -> Tensor:
         return row.to(dtype)[..., None, None]
 
     y = case.x.to(dtype)
+    if case.skip is not None:
+        y = torch.cat([y, case.skip.to(dtype)], 1)
+    if case.residual is not None:
+        y = (case.x + case.residual).to(dtype)  # rounded to x's dtype
     if case.add is not None:
         y = y + rows(case.add)
     images, channels = y.shape[:2]
@@ -76,9 +82,13 @@ def plain(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def kernel(case: Case, threads: int) -> Tensor:
-    x = case.x
-    images, channels = x.shape[:2]
-    out = torch.full_like(x, math.nan)
+    x, skip, residual = case.x, case.skip, case.residual
+    whole = x if skip is None else torch.cat([x, skip], 1)
+    images, channels = whole.shape[:2]
+    last = not (x.is_contiguous() and (skip is None or skip.is_contiguous()))
+    layout = torch.channels_last if last else torch.contiguous_format
+    out = torch.full_like(whole, math.nan, memory_format=layout)
+    total = None if residual is None else torch.full_like(x, math.nan)
 
     def pointer(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
@@ -94,15 +104,24 @@ def kernel(case: Case, threads: int) -> Tensor:
         *(pointer(case.weight), pointer(case.bias)),
         *(pointer(case.scale), stride(case.scale), pointer(case.shift), stride(case.shift)),
         *(out.data_ptr(), images, channels, math.prod(x.shape[2:]), case.groups, case.eps),
-        *(int(case.silu), not x.is_contiguous(), DTYPE_CODES[x.dtype]),
+        *(int(case.silu), last, DTYPE_CODES[x.dtype]),
         *(code(case.weight, case.bias), code(case.add, case.scale, case.shift), threads),
+        *(pointer(skip), 0 if skip is None else skip.shape[1], pointer(residual), pointer(total)),
     )
+    if residual is not None:
+        assert total is not None
+        assert torch.equal(total, x + residual)
     return out
 
 
-def make(name: str, dtype: torch.dtype, layout: torch.memory_format, option: int) -> Case:
+def make(
+    name: str, dtype: torch.dtype, layout: torch.memory_format, option: int, second: str = ""
+) -> Case:
     """Option 0 has no per-channel arguments; 1 an affine and an added term; 2 a modulation of its
-    own dtype without bias; 3 everything, as strided rows of one tensor, without activation."""
+    own dtype without bias; 3 everything, as strided rows of one tensor, without activation.
+
+    second: "skip" takes it from the channels, "residual" adds one.
+    """
     images, channels, height, width, groups = SHAPES[name]
     generator = torch.Generator().manual_seed(option)
 
@@ -111,6 +130,11 @@ def make(name: str, dtype: torch.dtype, layout: torch.memory_format, option: int
 
     x = normal(images, channels, height, width).to(dtype).contiguous(memory_format=layout)
     case = Case(x, groups)
+    if second == "skip":
+        parts = x.split([max(1, channels * 3 // 5), channels - max(1, channels * 3 // 5)], 1)
+        case.x, case.skip = (part.contiguous(memory_format=layout) for part in parts)
+    elif second == "residual":
+        case.residual = normal(*x.shape).to(dtype).contiguous(memory_format=layout)
     parameters = (dtype, dtype, torch.float32, torch.bfloat16)[option]
     rows = normal(images, 3 * channels).to((dtype, torch.float32, torch.float16, dtype)[option])
     if option:
@@ -139,6 +163,38 @@ def check_shapes() -> int:
                         what = f"{name} {dtype} {layout} option {option} threads {threads}"
                         judge(make(name, dtype, layout, option), threads, what)
                         count += 1
+    return count
+
+
+def check_second() -> int:
+    """With a skip or a residual, whose boundary and sum lie anywhere in a group."""
+    count = 0
+    for name, (images, channels, *_) in SHAPES.items():
+        for dtype in DTYPES:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                for second in ("skip", "residual"):
+                    if second == "skip" and (channels == 1 or images == 0):
+                        continue
+                    for option, threads in ((1, 2), (2, 5), (3, 1)):
+                        what = f"{name} {second} {dtype} {layout} option {option} {threads}"
+                        judge(make(name, dtype, layout, option, second), threads, what)
+                        count += 1
+    return count
+
+
+def check_far_centres() -> int:
+    """The first samples mislead, so that the sums are taken twice: from what was written once."""
+    count = 0
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dtype in DTYPES:
+            x = torch.randn(2, 24, 40, 33, generator=torch.Generator().manual_seed(0))
+            x[:, :, 0, 0] = 3e4
+            x, residual = x.to(dtype), (x.flip(1) * 0.01 + 500).to(dtype)
+            x, residual = (t.contiguous(memory_format=layout) for t in (x, residual))
+            for threads in (1, 3):
+                judge(Case(x, 4, residual=residual), threads, f"residual {dtype} {threads}")
+                judge(Case(x, 3, skip=residual), threads, f"skip {dtype} {threads}")
+                count += 2
     return count
 
 
@@ -214,7 +270,8 @@ def check_conversion() -> int:
 def run_all() -> None:
     torch.set_num_threads(2)
     checks = (check_shapes, check_statistics, check_float32_offset, check_activation)
-    total = sum(check() for check in (*checks, check_conversion))
+    checks = (*checks, check_conversion, check_second, check_far_centres)
+    total = sum(check() for check in checks)
     print(f"level {require_ext().isa_level()}: {total} cases")
 
 
@@ -235,6 +292,10 @@ def test_kernel_at_level(level: int, fresh_python: Callable[..., str]) -> None:
         ({"groups": 0}, "groups must divide 32 channels, got 0"),
         ({"act": 2}, "act must be 0"),
         ({"x_dtype": 3}, "x_dtype must be 0"),
+        ({"skip": 1}, r"skip_channels must be in 1\.\.31 with a skip and 0 without, got 0"),
+        ({"skip": 1, "skip_channels": 32}, "skip_channels must be in .* got 32"),
+        ({"skip_channels": 3}, "skip_channels must be in .* got 3"),
+        ({"residual": 1}, "residual and total must come together, and without a skip"),
     ],
 )
 def test_nonsense_is_refused(change: dict[str, int], message: str) -> None:
