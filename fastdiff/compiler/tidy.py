@@ -46,7 +46,7 @@ def _is_noop(node: fx.Node, source: fx.Node) -> bool:
     if name == "contiguous":
         memory_format = node.kwargs.get("memory_format", torch.contiguous_format)
         return bool(before.is_contiguous(memory_format=memory_format))
-    if name == "to" or name in _CASTS:
+    if name in ("to", "type_as") or name in _CASTS:
         return not node.kwargs.get("copy") and "memory_format" not in node.kwargs
     if name in _SHAPE_OPS:
         return bool(before.stride() == after.stride())

@@ -10,10 +10,22 @@ from collections.abc import Callable
 
 from torch import fx
 
+from fastdiff.compiler.passes.gate_residual import fuse_gate_residual, fuse_gate_residual_norm
+from fastdiff.compiler.passes.gated import fuse_geglu, fuse_swiglu
 from fastdiff.compiler.passes.group_norm import fuse_group_norm
+from fastdiff.compiler.passes.layer_norm import fuse_layer_norm
+from fastdiff.compiler.passes.rms_norm import fuse_rms_norm
 
 PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "group_norm_silu": fuse_group_norm,
+    # Before attention: they take the norms of queries and keys before heads change places.
+    "rms_norm": fuse_rms_norm,
+    "layer_norm_modulate": fuse_layer_norm,
+    "gate_residual": fuse_gate_residual,
+    # Joins what the two before it have made.
+    "gate_residual_norm_modulate": fuse_gate_residual_norm,
+    "geglu": fuse_geglu,
+    "swiglu": fuse_swiglu,
 }
 
 __all__ = ["PASSES"]
