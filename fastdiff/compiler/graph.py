@@ -112,17 +112,25 @@ def tensor_users(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def functionalise(graph: fx.Graph) -> str:
     """Rewrites in-place operations where nothing else can see them; "" or what is left of them.
 
-    ``x += y`` on a tensor that is no input, no view and has no view becomes an addition.
+    ``x += y`` and ``x[i] = y`` on a tensor that is no input, no view and has no view become an
+    addition, and a copy of x with y in it.
     """
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
+        setting = node.op == "call_function" and node.target is operator.setitem
+        if setting or (node.op == "call_function" and node.target in _IN_PLACE_OPERATORS):
             target = node.args[0]
             if not isinstance(target, fx.Node) or not is_tensor(target):
                 continue  # numbers
             if target.op == "placeholder" or calls(target, *VIEWS):
                 return f"{name_of(node)} on an input or a view"
-            if any(calls(user, *VIEWS) for user in target.users):
+            if any(calls(user, *VIEWS) and user < node for user in target.users):
                 return f"{name_of(node)} on a tensor with views"
+            if setting:
+                node.target = with_item
+                node.meta["example_value"] = value_of(target)
+                later = _after(graph, node)
+                target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+                continue
             if value_of(node).dtype != value_of(target).dtype:
                 return f"{name_of(node)} that changes the dtype"
             node.target = _IN_PLACE_OPERATORS[node.target]
@@ -131,6 +139,13 @@ def functionalise(graph: fx.Graph) -> str:
         elif _mutates(node):
             return f"{name_of(node)} in place"
     return ""
+
+
+def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """A copy of a tensor in which ``copy[index] = value``."""
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
 
 
 def _after(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:

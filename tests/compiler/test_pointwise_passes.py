@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from fastdiff.compiler.passes import PASSES
 from fastdiff.compiler.passes import layer_norm as layer_norm_pass
 from fastdiff.compiler.tidy import tidy
 from fastdiff.testing import assert_within_2x
+
+pytest.importorskip("diffusers")
+from diffusers.models.embeddings import get_timestep_embedding
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 B, N, C, H = 2, 5, 16, 4
@@ -454,3 +458,98 @@ def test_gated_units_are_one_op(how, dtype):
 )
 def test_other_gates_are_left_alone(function):
     assert _check(function, _random(B, N, 2 * C)) == {}
+
+
+# The embedding of the time: t [S].
+
+
+def _openai(t):
+    """guided-diffusion, DiT."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(start=0, end=8, dtype=torch.float32) / 8)
+    args = t[:, None].float() * freqs[None]
+    return torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+
+
+def _diffusers(flip, shift, scale=1, dim=16):
+    def function(t):
+        return get_timestep_embedding(t, dim, flip, shift, scale)
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        _openai,
+        _diffusers(True, 0),
+        _diffusers(False, 1),
+        _diffusers(False, 0.5, 1000.0),
+        _diffusers(True, 0, 0.001),
+        _diffusers(True, 1, dim=17),
+    ],
+)
+def test_embeddings_of_the_time_are_one_op_with_the_same_bits(function, dtype):
+    t = torch.tensor([0.0, 1.0, 501.0, 999.0]).to(dtype)
+    found, mine, _ = _capture(function, t)
+    assert found == {"timestep_embedding": 1}
+    assert torch.equal(mine, function(t))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda t: _openai(t.double()),
+        lambda t: (a := t[:, None] * torch.exp(torch.arange(8.0) * -0.1)[None], a.sin())[1],
+        lambda t: torch.cat([(a := t[:, None] * torch.arange(8.0)[None]).sin(), a.cos()], -1),
+        lambda t: torch.cat(
+            [(a := t[:, None] * torch.exp(-2.3 * torch.arange(1.0, 9.0) / 8)[None]).sin(), a.cos()],
+            dim=1,
+        ),
+        # The frequencies are rounded once less.
+        lambda t: torch.cat(
+            [(a := t[:, None] * torch.exp(torch.arange(8.0) * -0.1)[None]).sin(), a.cos()], -1
+        ),
+    ],
+)
+def test_other_embeddings_are_left_alone(function):
+    t = torch.tensor([0.0, 1.0, 501.0, 999.0])
+    found, mine, _ = _capture(function, t)
+    assert found == {}
+    assert torch.equal(mine, function(t))
+
+
+# What writes to a tensor: a rotation as Wan, CogView4 and HunyuanVideo write it.
+
+
+def test_items_that_are_set_do_not_stop_fusion():
+    def function(x, y, gate):
+        out = torch.empty_like(x)
+        out[..., 0::2] = x[..., 1::2] * 2
+        out[..., 1::2] = x[..., 0::2] - 1
+        return out.type_as(x) + gate[:, None] * y, x
+
+    args = _random(B, N, C), _random(B, N, C) + 1, _random(B, C)
+    assert _check(function, *args, exact=True) == {"gate_residual": 1}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.__setitem__(0, 1), x + 1)[1],  # an input
+        lambda x: ((y := x * 2).view(-1), y.__setitem__(0, 1), y)[0],  # a view is read later
+        lambda x: ((y := x * 2)[0].__setitem__(0, 1), y)[1],  # of a view
+    ],
+)
+def test_items_that_something_else_sees_are_no_copy(function):
+    reasons: list[str] = []
+
+    def backend(module: fx.GraphModule, _: list[Any]) -> Any:
+        reasons.append(functionalise(module.graph))
+        return module.forward
+
+    x = _random(N, C)
+    right = function(x.clone())
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function, backend=backend, fullgraph=True)(x.clone()), right)
+    assert "setitem" in reasons[0]

@@ -15,6 +15,7 @@ from fastdiff.compiler.passes.gated import fuse_geglu, fuse_swiglu
 from fastdiff.compiler.passes.group_norm import fuse_group_norm
 from fastdiff.compiler.passes.layer_norm import fuse_layer_norm
 from fastdiff.compiler.passes.rms_norm import fuse_rms_norm
+from fastdiff.compiler.passes.timestep import fuse_timestep_embedding
 
 PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "group_norm_silu": fuse_group_norm,
@@ -26,6 +27,7 @@ PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "gate_residual_norm_modulate": fuse_gate_residual_norm,
     "geglu": fuse_geglu,
     "swiglu": fuse_swiglu,
+    "timestep_embedding": fuse_timestep_embedding,
 }
 
 __all__ = ["PASSES"]
