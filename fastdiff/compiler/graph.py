@@ -43,8 +43,9 @@ def value_of(node: Any) -> Any:
 
 
 def is_tensor(node: Any) -> bool:
-    """Whether an argument is a tensor in the graph."""
-    return isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
+    """Whether an argument is a tensor in the graph whose shape does not depend on values."""
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and all(type(size) is int for size in value.shape)
 
 
 def calls(node: Any, *names: str) -> bool:
@@ -112,19 +113,17 @@ def tensor_users(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def functionalise(graph: fx.Graph) -> str:
     """Rewrites in-place operations where nothing else can see them; "" or what is left of them.
 
-    ``x += y`` and ``x[i] = y`` on a tensor that is no input, no view and has no view become an
-    addition, and a copy of x with y in it.
+    ``x += y`` and ``x[i] = y`` on a tensor that is no input, and whose memory nothing else reads
+    afterwards, become an addition, and a copy of x with y in it.
     """
     for node in list(graph.nodes):
         setting = node.op == "call_function" and node.target is operator.setitem
         if setting or (node.op == "call_function" and node.target in _IN_PLACE_OPERATORS):
             target = node.args[0]
-            if not isinstance(target, fx.Node) or not is_tensor(target):
+            if not isinstance(target, fx.Node) or not isinstance(value_of(target), Tensor):
                 continue  # numbers
-            if target.op == "placeholder" or calls(target, *VIEWS):
-                return f"{name_of(node)} on an input or a view"
-            if any(calls(user, *VIEWS) and user < node for user in target.users):
-                return f"{name_of(node)} on a tensor with views"
+            if _shared(target, node):
+                return f"{name_of(node)} on an input, or on memory that is read elsewhere"
             if setting:
                 node.target = with_item
                 node.meta["example_value"] = value_of(target)
@@ -139,6 +138,24 @@ def functionalise(graph: fx.Graph) -> str:
         elif _mutates(node):
             return f"{name_of(node)} in place"
     return ""
+
+
+def _shared(target: fx.Node, write: fx.Node) -> bool:
+    """Whether the write to a tensor is a write to an input, or is seen through another one."""
+    owner = target
+    while calls(owner, *VIEWS):
+        owner = owner.all_input_nodes[0]
+        if len(owner.users) != 1:
+            return True
+    if owner.op not in ("call_function", "call_method"):
+        return True
+    views = [user for user in target.users if user < write and calls(user, *VIEWS)]
+    while views:
+        users = views.pop().users
+        if any(write < user for user in users):
+            return True
+        views += [user for user in users if calls(user, *VIEWS)]
+    return False
 
 
 def with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:

@@ -124,6 +124,11 @@ def _scale_alone(x, scale, shift, table, weight, bias):
     return _norm(x) * (1 + scale)[:, None, :]
 
 
+def _shift_alone(x, scale, shift, table, weight, bias):
+    """HunyuanDiT."""
+    return _fp32_norm(x, weight, bias) + shift.unsqueeze(dim=1)
+
+
 def _per_token(x, scale, shift, table, weight, bias):
     """[N, C] is one row per token, whatever B is."""
     rows = x.mean(0)
@@ -146,7 +151,8 @@ def _videos(x, scale, shift, table, weight, bias):
     "function",
     [
         _unsqueezed, _added_before_indexing, _factor_first, _chunked, _of_a_table, _in_float32,
-        _modulated_in_float32, _fp32_layer_norm, _scale_alone, _per_token, _one_for_all, _videos,
+        _modulated_in_float32, _fp32_layer_norm, _scale_alone, _shift_alone, _per_token,
+        _one_for_all, _videos,
     ],
 )  # fmt: skip
 def test_adaptive_layer_norms_are_one_op(function, dtype):
@@ -176,7 +182,8 @@ def test_one_norm_with_two_modulations_is_two_ops(dtype):
         lambda x, s: F.layer_norm(x, (N, C)) * (1 + s[:, None]),  # over two dimensions
         lambda x, s: _norm(x) * (2 + s[:, None]),
         lambda x, s: _norm(x) * s[:, None],
-        lambda x, s: (_norm(x) * (1 + s[:, None]), _norm(x) + 1)[1],
+        lambda x, s: _norm(x) + 1,
+        lambda x, s: _norm(x) + x,  # no shift but a residual
         lambda x, s: _norm(x) * (1 + s[:, None, :1]),  # one number per sample
         lambda x, s: _norm(x[:1]) * (1 + s[:, None]),  # the modulation makes the batch
         lambda x, s: (y := _norm(x)) * (1 + y),
@@ -295,11 +302,16 @@ def test_what_is_no_rms_norm_is_left_alone(function):
     assert _check(function, _random(B, N, C), _random(C)) == {}
 
 
-def test_rms_norm_that_ends_in_float32_is_left_in_float32():
+def test_rms_norm_that_ends_in_float32_stays_in_float32():
     """diffusers keeps some weights in float32; then the result is, too."""
     x, weight = _random(B, N, C, dtype=torch.bfloat16), _random(C)
-    assert _check(lambda x, w: _rms(x, w), x, weight) == {}
-    assert _check(lambda x, w: _rms(x, w).to(x.dtype), x, weight) == {"rms_norm": 1}
+    for function in (_rms, lambda x, w: _rms(x, w).to(x.dtype)):
+        found, _, graph = _capture(function, x, weight)
+        assert found == {"rms_norm": 1} == _check(function, x, weight)
+        norm = next(n for n in graph.nodes if n.target is torch.ops.fastdiff.rms_norm.default)
+        assert norm.args[0].meta["example_value"].dtype == function(x, weight).dtype
+    # Its mean square in float32, its products in bfloat16: nothing fits.
+    assert _check(lambda x, w: (x * w) * x.float().pow(2).mean(-1, True).rsqrt(), x, weight) == {}
 
 
 # Gated residual: x and y [B, N, C], gate [B, C].
@@ -400,6 +412,19 @@ def test_residual_and_norm_with_gates_of_two_dtypes_stay_two_ops():
 
     x, y, gate = (_random(*s).bfloat16() for s in ((B, N, C), (B, N, C), (B, C)))
     found = _check(function, x, y, gate, _random(B, C), _random(B, C) * 2)
+    assert found == {"gate_residual": 1, "layer_norm_modulate": 1}
+
+
+def test_residual_with_a_wider_gate_and_its_norm_are_one_op():
+    """Wan's last block: its gates are float32, the output's modulation is not."""
+
+    def function(x, y, gate, scale, shift):
+        residual = (x.float() + y * gate[:, None]).type_as(x)
+        return (_norm(residual.float()) * (1 + scale[:, None]) + shift[:, None]).type_as(x)
+
+    x, y, scale, shift = (_random(*s).bfloat16() for s in ((B, N, C), (B, N, C), (B, C), (B, C)))
+    found = _check(function, x, y, _random(B, C), scale, shift)
+    assert found.pop("gate_residual_norm_modulate") == 1
     assert found == {"gate_residual": 1, "layer_norm_modulate": 1}
 
 
@@ -533,12 +558,27 @@ def test_items_that_are_set_do_not_stop_fusion():
     assert _check(function, *args, exact=True) == {"gate_residual": 1}
 
 
+def test_items_of_heads_are_set_without_a_trace():
+    """CogView4 rotates a part of the queries, which are views of a projection."""
+
+    def function(x, weight):
+        q = F.linear(x, weight).unflatten(2, (H, -1)).transpose(1, 2)
+        q[:, :, 2:] = q[:, :, 2:] * 2
+        q += 1
+        return q.transpose(1, 2).flatten(2).chunk(2, dim=-1)[0], q
+
+    args = _random(B, N, C), _random(C, C)
+    assert _check(function, *args, exact=True) == {}
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda x: (x.__setitem__(0, 1), x + 1)[1],  # an input
         lambda x: ((y := x * 2).view(-1), y.__setitem__(0, 1), y)[0],  # a view is read later
         lambda x: ((y := x * 2)[0].__setitem__(0, 1), y)[1],  # of a view
+        lambda x: ((y := x * 2).chunk(2)[0].__setitem__(0, 1), y.sum())[1],
+        lambda x: ((v := (y := x * 2).view(-1)[3:]), y.__setitem__(0, 1), v + 1)[2],
     ],
 )
 def test_items_that_something_else_sees_are_no_copy(function):

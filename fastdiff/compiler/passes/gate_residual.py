@@ -98,6 +98,9 @@ def _join(graph: fx.Graph, residual: fx.Node, norm: fx.Node) -> bool:
         before = residual
     else:
         return False
+    if dtype_of(gate) == torch.float32 and dtype_of(scale) != torch.float32:
+        # One dtype for all; a wider gate would round in another place, these do not.
+        scale, shift = (insert(graph, before, "float", row) for row in (scale, shift))
     op = torch.ops.fastdiff.gate_residual_norm_modulate.default
     try:
         pair = insert(graph, before, op, x, y, gate, scale, shift, weight, bias, eps)

@@ -52,7 +52,10 @@ def _fuse(graph: fx.Graph, norm: fx.Node) -> int:
 
 
 def _modulated(user: fx.Node, normed: fx.Node, like: Tensor) -> _Modulated | None:
-    """``normed * (1 + scale) + shift``, ``normed * (1 + scale)``, or None."""
+    """``normed * (1 + scale) + shift``, with one of the two or both, or None."""
+    shift = _rows.other_operand(user, normed, "add")
+    if _rows.is_modulation(shift, like) and value_of(shift).numel() < like.numel():
+        return _Modulated(user, None, shift)
     factor = _rows.other_operand(user, normed, "mul")
     scale = _rows.one_plus(factor) if _rows.is_modulation(factor, like) else None
     if scale is None or value_of(user).shape != like.shape:
@@ -82,10 +85,11 @@ def _insert(
     if affine is None:
         return None
     scale = shift = None
-    if use is not None and use.scale is not None:
+    if use is not None:
         like = value_of(x)
-        scale = _rows.again(graph, last, *use.scale)
-        scale = _rows.as_modulation(graph, last, scale, like)
+        if use.scale is not None:
+            scale = _rows.again(graph, last, *use.scale)
+            scale = _rows.as_modulation(graph, last, scale, like)
         if use.shift is not None:
             shift = _rows.as_modulation(graph, last, use.shift, like)
     op = torch.ops.fastdiff.layer_norm_modulate.default

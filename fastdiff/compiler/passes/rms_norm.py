@@ -56,13 +56,12 @@ def _fuse_written_out(graph: fx.Graph, rsqrt: fx.Node) -> int:
     if square is None:
         return leave(rsqrt, "it is not of a mean of squares over the last dimension")
     squared, eps = square
-    bare = widened(squared)
     users = _rows.consumers(rsqrt)
     if len(users) != 1:
         return leave(rsqrt, "it is used more than once")
     product, factor = users[0]
     source = _rows.other_operand(product, factor, "mul")
-    if not is_tensor(source) or widened(source) is not bare:
+    if not is_tensor(source) or widened(source) is not widened(squared):
         return leave(rsqrt, "it does not scale what it is the mean square of")
     last, weight = product, None
     uses = _rows.consumers(product)
@@ -71,9 +70,9 @@ def _fuse_written_out(graph: fx.Graph, rsqrt: fx.Node) -> int:
         vector = _rows.other_operand(user, normed, "mul")
         if is_tensor(vector) and value_of(vector).shape == value_of(product).shape[-1:]:
             last, weight = user, vector
-    if _insert(graph, rsqrt, bare, last, weight, eps):
+    if _insert(graph, rsqrt, squared, last, weight, eps):
         return 1
-    if weight is not None and _insert(graph, rsqrt, bare, product, None, eps):
+    if weight is not None and _insert(graph, rsqrt, squared, product, None, eps):
         return 1
     return leave(rsqrt, "its dtypes are outside the op's contract")
 

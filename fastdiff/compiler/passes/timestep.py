@@ -28,8 +28,10 @@ def fuse_timestep_embedding(graph: fx.Graph) -> int:
 def _fuse(graph: fx.Graph, sin: fx.Node) -> int:
     angle = sin.args[0]
     whole = _whole(sin)
-    found = _angle(angle) if whole is not None else None
-    if whole is None or found is None:
+    if whole is None:
+        return 0
+    found = _angle(angle)
+    if found is None:
         return leave(sin, "it is no sinusoidal embedding in the op's order of operations")
     last, flip = whole
     t, period, denominator, scale = found
