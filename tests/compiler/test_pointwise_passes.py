@@ -322,6 +322,7 @@ GATES = {
     "HunyuanVideo": lambda x, y, gate: x + y * gate.unsqueeze(1),
     "Wan": lambda x, y, gate: (x.float() + y * gate[:, None].float()).type_as(x),
     "Kandinsky": lambda x, y, g: (x.float() + g[:, None].float() * y.float()).type_as(x),
+    "Helios": lambda x, y, g: (x.float() + y.float() * g[:, None]).type_as(x),
     "ACE-Step": lambda x, y, gate: (x + y * gate[:, None]).type_as(x),
     "gate of a channel": lambda x, y, gate: x + gate[0] * y,
     "gate of a token": lambda x, y, gate: x + (y + x) * y,
@@ -366,7 +367,7 @@ def test_views_of_a_residual_with_another_layout_still_work():
     def function(x, y, gate):
         tokens = x.flatten(2).transpose(1, 2)
         tokens = tokens + gate[:, None] * y.transpose(0, 1).contiguous().transpose(0, 1)
-        return tokens, tokens.transpose(1, 2).view(B, C, 2, 3)
+        return tokens, tokens.transpose(1, 2).view(B, 6 * C)
 
     x, y = _random(B, C, 2, 3), _random(B, C, 6).transpose(1, 2)
     assert _check(function, x, y, _random(B, C), exact=True) == {"gate_residual": 1}

@@ -63,12 +63,11 @@ def _replace(
         ys = [node for node in (y, widened(y)) if dtype_of(node) == dtype]
         if not xs or not ys or dtype_of(total) not in (dtype, torch.float32):
             continue
-        # The product is rounded to the wider dtype of gate and y, here as there.
-        rounded = torch.promote_types(value_of(gate).dtype, value_of(ys[0]).dtype)
-        if rounded != dtype_of(product):
-            continue
         op = torch.ops.fastdiff.gate_residual.default
         rows = _rows.as_modulation(graph, last, gate, value_of(total))
+        # The product is rounded to the wider dtype of gate and y, here as there.
+        if torch.promote_types(value_of(gate).dtype, value_of(ys[0]).dtype) != dtype_of(product):
+            rows = insert(graph, last, "to", rows, dtype_of(product))
         return int(_rows.fuse(graph, last, op, xs[0], ys[0], rows) is not None)
     return 0
 
