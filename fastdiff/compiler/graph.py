@@ -24,7 +24,8 @@ _IN_PLACE_OPERATORS: dict[Any, Any] = {
 VIEWS = frozenset(
     """view reshape transpose permute expand unsqueeze squeeze chunk split getitem t flatten
     unflatten unbind contiguous to movedim narrow select detach type float half bfloat16 swapaxes mT
-    H T view_as expand_as reshape_as tensor_split diagonal unfold real imag dropout identity""".split()  # noqa: SIM905
+    H T view_as expand_as reshape_as tensor_split diagonal unfold real imag dropout
+    identity""".split()  # noqa: SIM905
 )
 
 

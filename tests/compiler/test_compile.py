@@ -325,6 +325,8 @@ def test_report_says_what_was_done():
     assert set(graph.programs) == {"weights", "prompt", "schedule", "both", "step"}
     text = str(report)
     assert f"{norms} group_norm_silu" in text
+    assert "36 layer_norm: nothing follows, and it is small" in text
+    assert sum(graph.why_unfused.values()) == graph.unfused["layer_norm"] == 36
     assert "sample [2, 4, 16, 16]" in text
     data = report.to_dict()
     assert data["graphs"][0]["fused"] == graph.fused

@@ -176,6 +176,17 @@ def test_one_norm_with_two_modulations_is_two_ops(dtype):
     assert _check(function, *args[:2], args[2].to(dtype)) == {"layer_norm_modulate": 2}
 
 
+def test_one_norm_with_one_use_that_does_not_fit_stays_for_it():
+    """The first modulation has x's dtype, the second one's result is wider."""
+
+    def function(x, a, b):
+        y = _norm(x)
+        return y * (1 + a[:, None]), y * (1 + b[:, None])
+
+    args = _random(B, N, C).bfloat16(), _random(B, C).bfloat16(), _random(B, C)
+    assert _check(function, *args) == {"layer_norm_modulate": 1}
+
+
 @pytest.mark.parametrize(
     "function",
     [

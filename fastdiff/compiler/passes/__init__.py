@@ -1,7 +1,9 @@
 """The fusion passes, in the order in which they run: each replaces a pattern by one op.
 
 A pass is a function from a graph to the number of places it has changed. What it replaces must give
-the same result within the op's numerical contract.
+the same result within the op's numerical contract; where it refuses a call that one looks for,
+`graph.leave` notes why. A gated residual that is joined with the norm after it counts three times:
+under the name of each part and of both.
 """
 
 from __future__ import annotations

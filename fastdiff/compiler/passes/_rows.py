@@ -20,6 +20,11 @@ _RESHAPING = (
 _OWN_LAYOUT = ("linear", "layer_norm", "matmul", "bmm", "baddbmm", "conv1d", "conv2d", "conv3d")
 
 
+def on_device(node: fx.Node) -> bool:
+    """Whether a tensor is where the ops are defined."""
+    return value_of(node).device.type in ("cpu", "cuda")
+
+
 def is_cast(node: Any) -> bool:
     """Whether a node changes a tensor's float dtype and nothing else."""
     if not calls(node, *CASTS) or not is_tensor(node) or not is_tensor(node.args[0]):
@@ -144,15 +149,16 @@ def fuse(
 
     The op is applied before a transposition of x, which is then one of its result.
     """
-    before = last
+    if not on_device(x):
+        return None
     inner, views = untransposed(x)
     if any(is_tensor(argument) and value_of(argument).dim() > 1 for argument in args):
         inner, views = x, []  # the modulation would have to be transposed too
     try:
-        new = insert(graph, before, target, inner, *args)
+        new = insert(graph, last, target, inner, *args)
     except (ValueError, TypeError):  # outside the op's contract
         return None
-    result = again(graph, before, new, views)
+    result = again(graph, last, new, views)
     mine, theirs = value_of(result), value_of(last)
     if mine.dtype != theirs.dtype or mine.shape != theirs.shape or not relaid(result, last):
         for node in dict.fromkeys((result, new)):

@@ -44,11 +44,10 @@ def _fuse(graph: fx.Graph, norm: fx.Node) -> int:
         return leave(norm, "it has one dimension")
     uses = [_modulated(user, normed, value_of(norm)) for user, normed in _rows.consumers(norm)]
     found = [use for use in uses if use is not None]
-    if found and len(found) == len(uses):
-        fused = [_replace(graph, norm, source, use) for use in found]
-        if all(fused):
-            return len(fused)
-    return _alone(graph, norm, source)
+    count = 0
+    if len(found) == len(uses):
+        count = sum(_replace(graph, norm, source, use) for use in found)
+    return count if count and count == len(uses) else count + _alone(graph, norm, source)
 
 
 def _modulated(user: fx.Node, normed: fx.Node, like: Tensor) -> _Modulated | None:

@@ -37,7 +37,7 @@ def _fuse(graph: fx.Graph, sin: fx.Node) -> int:
     t, period, denominator, scale = found
     half = value_of(sin).shape[1]
     shift = half - denominator
-    if half - shift != denominator:
+    if half - shift != denominator or not _rows.on_device(t):
         return leave(sin, "its frequencies are not those of the op")
     op = torch.ops.fastdiff.timestep_embedding.default
     try:
