@@ -289,6 +289,9 @@ class _Graph:
             programs = split(module, of_input)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
+        self._why_unfused = Counter(
+            f"{name_of(node)}: {node.meta['left']}" for node in graph.nodes if "left" in node.meta
+        )
         build = compile_program if owner.mode == "max" else None
         if self.why_whole:  # what changes its inputs must get the inputs themselves
             self.runner = Runner(programs, names, of_input, None, build)
@@ -309,6 +312,7 @@ class _Graph:
             self.why_whole,
             {name: g.facts() for name, g in self.runner.graphed.items()},
             self._why_piece,
+            dict(self._why_unfused),
         )
 
 

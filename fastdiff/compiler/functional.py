@@ -62,9 +62,8 @@ def functionalise(graph: fx.Graph) -> str:
     for node in list(graph.nodes):
         if _mutates(node):
             target = node.args[0]
-            if not is_tensor(target):
+            if not isinstance(target, fx.Node) or not isinstance(value_of(target), Tensor):
                 continue  # numbers and lists
-            assert isinstance(target, fx.Node)
             reason = _rewrite(graph, node, target)
             if reason:
                 return reason
@@ -130,8 +129,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, target: fx.Node) -> str:
 
 
 def _same_view(graph: fx.Graph, before: fx.Node, view: fx.Node, parent: fx.Node) -> fx.Node:
-    target: Any = getattr(Tensor, str(view.target)) if view.op == "call_method" else view.target
-    return insert(graph, before, target, parent, *view.args[1:], **view.kwargs)
+    assert not isinstance(view.target, torch.nn.Module)
+    return insert(graph, before, view.target, parent, *view.args[1:], **view.kwargs)
 
 
 def _value_after(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node | None:
@@ -204,7 +203,8 @@ def _half(node: fx.Node) -> int | None:
 
 def _storage(node: Any) -> int | None:
     """The memory of a tensor in the graph."""
-    return _address(value_of(node)) if is_tensor(node) else None
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return _address(value) if isinstance(value, Tensor) else None
 
 
 def _storages(node: fx.Node) -> set[int | None]:

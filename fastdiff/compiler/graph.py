@@ -28,8 +28,9 @@ def value_of(node: Any) -> Any:
 
 
 def is_tensor(node: Any) -> bool:
-    """Whether an argument is a tensor in the graph."""
-    return isinstance(node, fx.Node) and isinstance(value_of(node), Tensor)
+    """Whether an argument is a tensor in the graph whose shape does not depend on values."""
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and all(type(size) is int for size in value.shape)
 
 
 def calls(node: Any, *names: str) -> bool:
@@ -50,17 +51,34 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def insert(
-    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    graph: fx.Graph, before: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any
 ) -> fx.Node:
-    """A call of ``target`` before a node, with its fake value."""
+    """A call of ``target`` before a node, with its fake value; a string is a method's name.
+
+    What the target raises on fake tensors comes through, and leaves nothing in the graph.
+    """
     with graph.inserting_before(before):
-        node = graph.call_function(target, args, kwargs)
+        if isinstance(target, str):
+            node = graph.call_method(target, args, kwargs)
+        else:
+            node = graph.call_function(target, args, kwargs)
     values = fx.node.map_arg((args, kwargs), value_of)
     mode = next((v.fake_mode for v in _leaves(values) if hasattr(v, "fake_mode")), None)
     assert mode is not None  # every graph has fake tensors
-    with mode, torch.no_grad():
-        node.meta["example_value"] = target(*values[0], **values[1])
+    call = getattr(torch.Tensor, target) if isinstance(target, str) else target
+    try:
+        with mode, torch.no_grad():
+            node.meta["example_value"] = call(*values[0], **values[1])
+    except Exception:
+        graph.erase_node(node)
+        raise
     return node
+
+
+def leave(node: fx.Node, reason: str) -> int:
+    """Notes for the report why no fusion took a node that one looks for; 0, the matches."""
+    node.meta.setdefault("left", reason)
+    return 0
 
 
 def _leaves(values: Any) -> Iterable[Any]:

@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # What a pass is called in the report, and what it counts.
-LEFT = ("group_norm", "layer_norm", "scaled_dot_product_attention", "gelu", "silu", "softmax")
+LEFT = (
+    *("group_norm", "layer_norm", "rms_norm", "rsqrt", "scaled_dot_product_attention", "softmax"),
+    *("gelu", "silu"),
+)
 
 
 @dataclass
@@ -14,9 +17,9 @@ class GraphReport:
     """One captured graph: one set of input shapes.
 
     shapes: of the inputs. fused: places changed, by op. unfused: calls of PyTorch functions that
-    a fusion looks for and that are still there. programs: name -> {"nodes", "flops"}.
-    seconds: from the call to the captured graph. why_whole: why it was left as it was, or "".
-    why_piece: why it is not the whole model, or "".
+    a fusion looks for and that are still there. why_unfused: "call: reason" -> how many of them.
+    programs: name -> {"nodes", "flops"}. seconds: from the call to the captured graph. why_whole:
+    why it was left as it was, or "". why_piece: why it is not the whole model, or "".
     cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
     """
 
@@ -30,6 +33,7 @@ class GraphReport:
     why_whole: str = ""
     cuda_graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     why_piece: str = ""
+    why_unfused: dict[str, int] = field(default_factory=dict)
 
     @property
     def hoisted(self) -> float:
@@ -73,6 +77,7 @@ class Report:
             lines.append(f"  fused: {fused or 'nothing'}")
             left = ", ".join(f"{count} {name}" for name, count in graph.unfused.items() if count)
             lines.append(f"  not fused: {left or 'nothing'}")
+            lines += [f"    {count} {reason}" for reason, count in graph.why_unfused.items()]
             for name, facts in graph.programs.items():
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
             for name, facts in graph.cuda_graphs.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.cuda_graphs import Graphed, Pool
+from fastdiff.compiler.graph import value_of
 from fastdiff.compiler.split import Program, is_random
 
 # How many results of a program are kept: prompts in use at once; the steps of a schedule.
@@ -156,9 +157,15 @@ def _graphed(
 
 
 def fake_flops(program: Program) -> int:
-    """FLOPs of a program (multiply and add are two), counted on fake tensors."""
+    """FLOPs of a program (multiply and add are two), counted on fake tensors.
+
+    0 where shapes depend on values.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
+    made = (value_of(node) for node in program.module.graph.nodes if node.op != "output")
+    if any(isinstance(v, Tensor) and not all(type(n) is int for n in v.shape) for v in made):
+        return 0
     values = [
         node.meta["example_value"]
         for node in program.module.graph.nodes

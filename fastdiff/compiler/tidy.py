@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fastdiff.compiler.graph import argument, calls, is_tensor, name_of, replace, value_of
 
@@ -30,7 +30,7 @@ def tidy(graph: fx.Graph) -> int:
 
 def _is_noop(node: fx.Node, source: fx.Node) -> bool:
     before, after = value_of(source), value_of(node)
-    if not isinstance(after, Tensor):
+    if not is_tensor(node):
         return False
     same = before.dtype == after.dtype and before.device == after.device
     same = same and before.shape == after.shape
@@ -46,7 +46,7 @@ def _is_noop(node: fx.Node, source: fx.Node) -> bool:
     if name == "contiguous":
         memory_format = node.kwargs.get("memory_format", torch.contiguous_format)
         return bool(before.is_contiguous(memory_format=memory_format))
-    if name == "to" or name in _CASTS:
+    if name in ("to", "type_as") or name in _CASTS:
         return not node.kwargs.get("copy") and "memory_format" not in node.kwargs
     if name in _SHAPE_OPS:
         return bool(before.stride() == after.stride())

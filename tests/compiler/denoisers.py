@@ -231,6 +231,59 @@ def pixart() -> Made:
     return model, _steps("hidden_states", (2, 4, 8, 8), _each, encoder_hidden_states=text)
 
 
+def wan() -> Made:
+    """Wan: norms, modulation and residuals in float32 whatever the dtype of the model."""
+    import diffusers
+
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+
+    def time(t: Tensor) -> dict[str, Tensor]:
+        return {"timestep": t.long().expand(2)}
+
+    text = _random(2, 7, 16)
+    return model, _steps("hidden_states", (2, 4, 2, 8, 8), time, encoder_hidden_states=text)
+
+
+def flux2() -> Made:
+    """FLUX.2: SwiGLU, one modulation for all blocks, parallel single blocks."""
+    import diffusers
+
+    model = diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=256,
+        axes_dims_rope=[4, 4, 4, 4],
+    )
+    condition = {
+        "encoder_hidden_states": _random(2, 7, 32),
+        "img_ids": torch.zeros(16, 4),
+        "txt_ids": torch.zeros(7, 4),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+
+    def time(t: Tensor) -> dict[str, Tensor]:
+        return {"timestep": t.expand(2) / 1000}
+
+    return model, _steps("hidden_states", (2, 16, 4), time, **condition)
+
+
 def zoo_dit() -> Made:
     """This package's own DiT."""
     import fastdiff
@@ -246,9 +299,29 @@ def zoo_dit() -> Made:
 DENOISERS: dict[str, Callable[[], Made]] = {
     make.__name__: make
     for make in (
-        unet, sdxl, scale_shift, controlnet, autoencoder, dit, sd3, flux, pixart, zoo_dit,
+        unet, sdxl, scale_shift, controlnet, autoencoder, dit, sd3, flux, pixart, wan, flux2,
+        zoo_dit,
     )
 }  # fmt: skip
+
+# Places where the row-wise passes find their op, in every dtype. A gated residual and a norm that
+# are joined count in all three.
+JOINED = "gate_residual_norm_modulate"
+MATCHES: dict[str, dict[str, int]] = {
+    "unet": {"geglu": 6, "timestep_embedding": 1},
+    "sdxl": {"geglu": 12, "timestep_embedding": 2},
+    "scale_shift": {"timestep_embedding": 1},
+    "controlnet": {"geglu": 2, "timestep_embedding": 1},
+    "autoencoder": {},
+    "dit": {"layer_norm_modulate": 5, "gate_residual": 4, JOINED: 4, "timestep_embedding": 3},
+    "sd3": {"rms_norm": 8, "layer_norm_modulate": 8, "gate_residual": 6, JOINED: 6},
+    "flux": {"rms_norm": 6, "layer_norm_modulate": 6, "gate_residual": 5, JOINED: 2},
+    "pixart": {"layer_norm_modulate": 5, "gate_residual": 4, JOINED: 2, "timestep_embedding": 1},
+    # In float32 two of its norms have no casts to take along.
+    "wan": {"rms_norm": 8, "gate_residual": 4, JOINED: 2, "timestep_embedding": 1},
+    "flux2": {"layer_norm_modulate": 6, "gate_residual": 5, JOINED: 2, "swiglu": 3},
+    "zoo_dit": {"layer_norm_modulate": 9, "gate_residual": 8, JOINED: 8},
+}
 
 
 def made(name: str) -> Made:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import DENOISERS, made, tensors
+from denoisers import DENOISERS, MATCHES, made, tensors
 from torch import Tensor, nn
 
 from fastdiff import compiler
@@ -62,6 +62,7 @@ def test_results_are_within_twice_eagers_error(name, dtype):
     assert len(report.graphs) == 1
     assert not report.eager
     assert not report.graphs[0].why_whole
+    assert MATCHES[name].items() <= report.graphs[0].fused.items()
     if name not in ("autoencoder",):
         # Step 3 is step 0's time again; the condition is the same all along.
         assert report.hits > 0
@@ -326,6 +327,8 @@ def test_report_says_what_was_done():
     assert set(graph.programs) == {"weights", "prompt", "schedule", "both", "step"}
     text = str(report)
     assert f"{fused[1]} add_group_norm_silu, {fused[0]} group_norm_silu" in text
+    assert "36 layer_norm: nothing follows, and it is small" in text
+    assert sum(graph.why_unfused.values()) == graph.unfused["layer_norm"] == 36
     assert "sample [2, 4, 16, 16]" in text
     data = report.to_dict()
     assert data["graphs"][0]["fused"] == graph.fused

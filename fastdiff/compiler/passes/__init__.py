@@ -1,7 +1,9 @@
 """The fusion passes, in the order in which they run: each replaces a pattern by one op.
 
 A pass is a function from a graph to the number of places it has changed. What it replaces must give
-the same result within the op's numerical contract.
+the same result within the op's numerical contract; where it refuses a call that one looks for,
+`graph.leave` notes why. A gated residual that is joined with the norm after it counts three times:
+under the name of each part and of both.
 """
 
 from __future__ import annotations
@@ -10,11 +12,25 @@ from collections.abc import Callable
 
 from torch import fx
 
+from fastdiff.compiler.passes.gate_residual import fuse_gate_residual, fuse_gate_residual_norm
+from fastdiff.compiler.passes.gated import fuse_geglu, fuse_swiglu
 from fastdiff.compiler.passes.group_norm import fuse_add_group_norm, fuse_group_norm
+from fastdiff.compiler.passes.layer_norm import fuse_layer_norm
+from fastdiff.compiler.passes.rms_norm import fuse_rms_norm
+from fastdiff.compiler.passes.timestep import fuse_timestep_embedding
 
 PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "add_group_norm_silu": fuse_add_group_norm,
     "group_norm_silu": fuse_group_norm,
+    # Before attention: they take the norms of queries and keys before heads change places.
+    "rms_norm": fuse_rms_norm,
+    "layer_norm_modulate": fuse_layer_norm,
+    "gate_residual": fuse_gate_residual,
+    # Joins what the two before it have made.
+    "gate_residual_norm_modulate": fuse_gate_residual_norm,
+    "geglu": fuse_geglu,
+    "swiglu": fuse_swiglu,
+    "timestep_embedding": fuse_timestep_embedding,
 }
 
 __all__ = ["PASSES"]

@@ -127,18 +127,18 @@ def restored(x: Tensor, stride: Sequence[int]) -> Tensor:
 def _any_layout(graph: fx.Graph) -> None:
     """Views of what is channels last now may need a copy; results keep the model's own strides."""
     for node in graph.nodes:
-        if node.op == "call_method" and node.target == "view":
-            if not any(isinstance(size, torch.dtype) for size in node.args[1:]):
-                node.target = "reshape"
+        as_dtype = any(isinstance(size, torch.dtype) for size in node.args)
+        if node.op == "call_method" and node.target == "view" and not as_dtype:
+            node.target = "reshape"
     output = next(node for node in graph.nodes if node.op == "output")
 
     def own_strides(node: fx.Node) -> fx.Node:
         value = value_of(node)
         if node.op == "placeholder" or not isinstance(value, Tensor) or value.dim() != 4:
             return node
-        if not torch._prims_common.is_non_overlapping_and_dense(value):
-            return node
-        return _call(graph, output, restored, value, node, tuple(value.stride()))
+        if value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last):
+            return _call(graph, output, restored, value, node, tuple(value.stride()))
+        return node
 
     output.args = fx.node.map_arg(output.args, own_strides)
 
