@@ -101,7 +101,7 @@ class Arguments(NamedTuple):
         first = self.q.shape[1]
         nothing = self.q[:0]
         return (
-            _contiguous(out[:, :first]),
+            out.contiguous() if self.extra_q is None else _contiguous(out[:, :first]),
             nothing.sum((1, 2, 3)) if self.extra_q is None else _contiguous(out[:, first:]),
             nothing.sum((1, 2, 3), dtype=_wide(nothing)) if lse is None else lse,
         )

@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 from torch import fx
 
+from fastdiff.compiler.passes.attention import fuse_attention
 from fastdiff.compiler.passes.group_norm import fuse_group_norm
 
 PASSES: dict[str, Callable[[fx.Graph], int]] = {
+    "attention": fuse_attention,
     "group_norm_silu": fuse_group_norm,
 }
 
