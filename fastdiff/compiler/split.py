@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastdiff.compiler.packing import stacked
+
 ROLES = ("weights", "condition", "time", "sample")
 PROGRAMS = ("weights", "prompt", "schedule", "both", "step")
 
@@ -105,7 +107,7 @@ def _pull_views(graph: fx.Graph, where: dict[fx.Node, str]) -> None:
         if len(users) != 1 or where[node] in users:
             continue
         cheap = node.op == "call_method" and node.target in ("view", "transpose", "unsqueeze")
-        cheap = cheap or (node.op == "call_function" and node.target is _GETITEM)
+        cheap = cheap or (node.op == "call_function" and node.target in (_GETITEM, stacked))
         if cheap:
             where[node] = users.pop()
 

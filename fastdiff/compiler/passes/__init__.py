@@ -12,9 +12,11 @@ from torch import fx
 
 from fastdiff.compiler.passes.attention import fuse_attention
 from fastdiff.compiler.passes.group_norm import fuse_group_norm
+from fastdiff.compiler.passes.qkv import merge_projections
 
 PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "attention": fuse_attention,
+    "qkv": merge_projections,
     "group_norm_silu": fuse_group_norm,
 }
 
