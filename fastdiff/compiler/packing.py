@@ -28,7 +28,8 @@ class _Block:
 
     def __init__(self, whole: Tensor) -> None:
         self._storage = StorageWeakRef(whole.untyped_storage())
-        self._shape, self._dtype, self._device = whole.shape, whole.dtype, whole.device
+        self._shape, self._strides = whole.shape, whole.stride()
+        self._dtype, self._device = whole.dtype, whole.device
 
     @property
     def alive(self) -> bool:
@@ -44,7 +45,7 @@ class _Block:
         if storage is None:
             return None
         empty = torch.empty(0, dtype=self._dtype, device=self._device)
-        return empty.set_(storage, 0, self._shape)
+        return empty.set_(storage, 0, self._shape, self._strides)
 
 
 def stacked(*parts: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ def fuse_attention(graph: fx.Graph) -> int:
     transposes, norms and rotary embedding of q and k, concatenated sequences."""
     tables: dict[Any, fx.Node] = {}
     count = 0
+    untwist(graph)
     for product in products(graph):
         if not product.why:
             product.why = _fuse(graph, product, tables)

@@ -143,7 +143,9 @@ def _manual(graph: fx.Graph, softmax: fx.Node) -> Product | None:
     user = only_user(probabilities)
     while user is not None and calls(user, *_CASTS) and user.args[0] is probabilities:
         probabilities, user = user, only_user(user)
-    if user is None or not calls(user, "bmm", "matmul", "einsum") or not is_tensor(user):
+    if user is None:
+        return Product(softmax, why="its probabilities are used elsewhere too")
+    if not calls(user, "bmm", "matmul", "einsum") or not is_tensor(user):
         return None
     first, second = _letters(scores), _letters(user)
     if first is None or second is None or not _private(softmax, scores):
