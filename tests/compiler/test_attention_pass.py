@@ -381,7 +381,9 @@ STAY = {
 @pytest.mark.parametrize("form", STAY, ids=lambda form: form.__name__)
 def test_what_the_op_cannot_do_stays_and_says_why(form, dtype):
     mine, eager, _, block = ran(form, dtype)
-    for result, own in zip(*(x if isinstance(x, tuple) else (x,) for x in (mine, eager))):
+    for result, own in zip(
+        *(x if isinstance(x, tuple) else (x,) for x in (mine, eager)), strict=True
+    ):
         torch.testing.assert_close(result, own, rtol=0, atol=2e-2 if dtype.itemsize == 2 else 1e-6)
     graph = compiler.report(block).graphs[0]
     assert graph.fused["attention"] == 0
