@@ -238,8 +238,9 @@ class _Graph:
             programs = split(module, of_input)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
-        left = [node for node in graph.nodes if "why_left" in node.meta]
-        self._why_left = Counter(f"{name_of(node)}: {node.meta['why_left']}" for node in left)
+        self._why_unfused = Counter(
+            f"{name_of(node)}: {node.meta['left']}" for node in graph.nodes if "left" in node.meta
+        )
         self.runner = Runner(programs, [node.name for node in placeholders], of_input)
         self._seconds += time.perf_counter() - started
 
@@ -254,7 +255,7 @@ class _Graph:
             {p.name: {"nodes": p.nodes, "flops": fake_flops(p)} for p in self.runner.programs},
             self._seconds,
             self.why_whole,
-            dict(self._why_left),
+            dict(self._why_unfused),
         )
 
 

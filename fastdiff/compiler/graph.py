@@ -94,9 +94,10 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
 
 
-def leave(node: fx.Node, why: str) -> None:
-    """Notes why a fusion left a node; the report counts the notes of those that are still there."""
-    node.meta["why_left"] = why
+def leave(node: fx.Node, reason: str) -> int:
+    """Notes for the report why no fusion took a node that one looks for; 0, the matches."""
+    node.meta.setdefault("left", reason)
+    return 0
 
 
 def settle(graph: fx.Graph, changed: Iterable[fx.Node]) -> bool:

@@ -14,9 +14,9 @@ class GraphReport:
     """One captured graph: one set of input shapes.
 
     shapes: of the inputs. fused: places changed, by op. unfused: calls of PyTorch functions that
-    a fusion looks for and that are still there. programs: name -> {"nodes", "flops"}.
-    seconds: from the call to the captured graph. why_whole: why it was left as it was, or "".
-    why_left: places that a fusion has looked at and left, "what: why", with counts.
+    a fusion looks for and that are still there. why_unfused: "call: reason" -> how many of them.
+    programs: name -> {"nodes", "flops"}. seconds: from the call to the captured graph. why_whole:
+    why it was left as it was, or "".
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -27,7 +27,7 @@ class GraphReport:
     programs: dict[str, dict[str, int]]
     seconds: float
     why_whole: str = ""
-    why_left: dict[str, int] = field(default_factory=dict)
+    why_unfused: dict[str, int] = field(default_factory=dict)
 
     @property
     def hoisted(self) -> float:
@@ -69,7 +69,7 @@ class Report:
             lines.append(f"  fused: {fused or 'nothing'}")
             left = ", ".join(f"{count} {name}" for name, count in graph.unfused.items() if count)
             lines.append(f"  not fused: {left or 'nothing'}")
-            lines += [f"    {count} {why}" for why, count in graph.why_left.items()]
+            lines += [f"    {count} {reason}" for reason, count in graph.why_unfused.items()]
             for name, facts in graph.programs.items():
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
             lines.append(f"  {graph.hoisted:.1%} of the FLOPs are not repeated in every step")

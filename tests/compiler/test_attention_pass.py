@@ -149,6 +149,12 @@ def normed(b, q, k, v):
     return together(functional.scaled_dot_product_attention(q, k, v))
 
 
+def normed_by_the_op(b, q, k, v):
+    norm = torch.ops.fastdiff.rms_norm.default
+    q, k = norm(heads(q), b.norm_q.weight, 1e-6), norm(heads(k), b.norm_k.weight, 1e-6)
+    return together(functional.scaled_dot_product_attention(q, k, heads(v)))
+
+
 def layer_normed(b, q, k, v):
     q, k = b.layer_q(heads(q)), b.layer_k(heads(k))
     return together(functional.scaled_dot_product_attention(q, k, heads(v)))
@@ -248,6 +254,7 @@ TAKEN: dict[Callable[..., Any], set[str]] = {
     timm: set(),
     keys_first: set(),
     normed: {"norm", "q_weight", "k_weight", "eps"},
+    normed_by_the_op: {"norm", "q_weight", "k_weight", "eps"},
     layer_normed: {"norm", "q_weight", "k_weight", "eps"},
     rotated: {"norm", "q_weight", "k_weight", "eps", "cos", "sin"},
     joint: {
@@ -295,7 +302,7 @@ def test_attention_becomes_the_op(form, dtype):
     assert graph.fused["attention"] == 1
     assert not graph.unfused["softmax"]
     assert not graph.unfused["scaled_dot_product_attention"]
-    assert not graph.why_left
+    assert not graph.why_unfused
     (call,) = (node for node in nodes(block) if node.target is ATTENTION)
     assert set(call.kwargs) - {"scale"} == TAKEN[form]
 
@@ -389,7 +396,7 @@ def test_what_the_op_cannot_do_stays_and_says_why(form, dtype):
     assert graph.fused["attention"] == 0
     assert not graph.why_whole
     if STAY[form]:
-        (why,) = graph.why_left
+        (why,) = graph.why_unfused
         assert STAY[form] in why
         assert why in str(compiler.report(block))
 
@@ -404,7 +411,7 @@ def heads_first_view(b, q, k, v):
 def test_views_that_need_the_old_layout_are_kept_working():
     mine, eager, exact, block = ran(heads_first_view, torch.float32)
     assert_within_2x(mine, exact, eager, what="view")
-    (why,) = compiler.report(block).graphs[0].why_left
+    (why,) = compiler.report(block).graphs[0].why_unfused
     assert "another layout" in why
 
 
@@ -470,7 +477,7 @@ def test_every_attention_of_the_models_is_fused(name):
     graph = compiler.report(model).graphs[0]
     assert (graph.fused["attention"], graph.fused["qkv"]) == COUNTS[name]
     assert not graph.unfused["scaled_dot_product_attention"]
-    assert not graph.why_left
+    assert not graph.why_unfused
     calls = [node for node in nodes(model) if node.target is ATTENTION]
     if name in ("sd3", "flux"):
         assert {"extra_k", "norm", "q_weight"} <= set(calls[0].kwargs)

@@ -22,12 +22,11 @@ def merge_projections(graph: fx.Graph) -> int:
     one after another in memory."""
     count = 0
     for node in list(graph.nodes):
-        if node.target is not torch.ops.fastdiff.attention.default:
+        op = torch.ops.fastdiff.attention
+        if node.target not in (op, op.default):
             continue
-        for names in _SEGMENTS:
-            operands = [argument(node, i, n) for i, n in enumerate(names)]
-            if names is not _SEGMENTS[0]:
-                operands = [node.kwargs.get(n) for n in names]
+        for first, names in zip((0, 3), _SEGMENTS, strict=True):
+            operands = [argument(node, first + i, name) for i, name in enumerate(names)]
             count += _merge_by_input([_projection(o) for o in operands])
     return count
 

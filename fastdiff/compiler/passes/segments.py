@@ -135,13 +135,20 @@ def _same(a: Any, b: Any, depth: int = 4) -> bool:
 
 def _norm(node: fx.Node) -> tuple[fx.Node, Norm] | None:
     """(input, norm) of a norm over the last dimension that keeps the dtype."""
-    found = _torch_norm(node) if calls(node, "rms_norm", "layer_norm") else _written_rms(node)
+    op = torch.ops.fastdiff.rms_norm
+    if node.target in (op, op.default):  # of the model, or of a pass before
+        weight, eps = argument(node, 1, "weight"), argument(node, 2, "eps", 1e-6)
+        found: Any = (node.args[0], Norm("rms", weight, eps))
+    elif calls(node, "rms_norm", "layer_norm"):
+        found = _torch_norm(node)
+    else:
+        found = _written_rms(node)
     if found is None or value_of(found[0]).dtype != value_of(node).dtype:
         return None
     weight, width = found[1].weight, value_of(node).shape[-1]
     if weight is not None and (not is_tensor(weight) or tuple(value_of(weight).shape) != (width,)):
         return None
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def _torch_norm(node: fx.Node) -> tuple[fx.Node, Norm] | None:
