@@ -21,7 +21,7 @@ from fastdiff.compiler.cuda_graphs import Pool
 from fastdiff.compiler.functional import functionalise, repair
 from fastdiff.compiler.graph import is_tensor, name_of
 from fastdiff.compiler.inductor import compile_program
-from fastdiff.compiler.passes import PASSES
+from fastdiff.compiler.passes import MEMORY, PASSES
 from fastdiff.compiler.report import LEFT, GraphReport, Report
 from fastdiff.compiler.runner import Runner, fake_flops
 from fastdiff.compiler.split import Program, split
@@ -283,6 +283,8 @@ class _Graph:
         else:
             tidy(graph)
             for name, fuse in PASSES.items():
+                if owner.mode == "max" and name in MEMORY:
+                    continue
                 self.fused[name] = fuse(graph)
                 graph.eliminate_dead_code()
             graph.lint()

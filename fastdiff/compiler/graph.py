@@ -55,30 +55,26 @@ def insert(
 ) -> fx.Node:
     """A call of ``target`` before a node, with its fake value; a string is a method's name.
 
-    What the target raises on fake tensors comes through, and leaves nothing in the graph.
+    What the target raises on fake tensors comes through, and leaves the graph as it was.
     """
+    values = fx.node.map_arg((args, kwargs), value_of)
+    mode = _mode(values)
+    assert mode is not None  # every graph has fake tensors
+    call = getattr(torch.Tensor, target) if isinstance(target, str) else target
+    with mode, torch.no_grad():
+        result = call(*values[0], **values[1])
     with graph.inserting_before(before):
         if isinstance(target, str):
             node = graph.call_method(target, args, kwargs)
         else:
             node = graph.call_function(target, args, kwargs)
-    values = fx.node.map_arg((args, kwargs), value_of)
-    mode = next((v.fake_mode for v in _leaves(values) if hasattr(v, "fake_mode")), None)
-    assert mode is not None  # every graph has fake tensors
-    call = getattr(torch.Tensor, target) if isinstance(target, str) else target
-    try:
-        with mode, torch.no_grad():
-            node.meta["example_value"] = call(*values[0], **values[1])
-    except Exception:
-        graph.erase_node(node)
-        raise
+    node.meta["example_value"] = result
     return node
 
 
-def leave(node: fx.Node, reason: str) -> int:
-    """Notes for the report why no fusion took a node that one looks for; 0, the matches."""
-    node.meta.setdefault("left", reason)
-    return 0
+def _mode(values: Any) -> Any:
+    """The fake mode that fake tensors among ``values`` belong to, if there are any."""
+    return next((v.fake_mode for v in _leaves(values) if hasattr(v, "fake_mode")), None)
 
 
 def _leaves(values: Any) -> Iterable[Any]:
@@ -88,6 +84,53 @@ def _leaves(values: Any) -> Iterable[Any]:
 def replace(old: fx.Node, new: fx.Node) -> None:
     """All uses of one node become uses of another; the old one is left to die."""
     old.replace_all_uses_with(new)
+
+
+def leave(node: fx.Node, reason: str) -> int:
+    """Notes for the report why no fusion took a node that one looks for; 0, the matches."""
+    node.meta.setdefault("left", reason)
+    return 0
+
+
+def settle(graph: fx.Graph, changed: Iterable[fx.Node]) -> bool:
+    """Computes anew the fake values of what uses ``changed``, whose strides are others now.
+
+    False, and nothing is stored, when a call downstream refuses them (a view of what is no longer
+    contiguous) or would give another shape or dtype.
+    """
+    new: dict[fx.Node, Any] = {}
+    waiting = tensor_users(changed)
+    mode = _mode([value_of(node) for node in changed])
+    if mode is None:
+        return True
+    for node in graph.nodes if waiting else ():
+        if node not in waiting or node.op not in ("call_function", "call_method"):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: new.get(n, value_of(n)))
+        try:
+            with mode, torch.no_grad():
+                if node.op == "call_method":
+                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # whatever a function of the model raises for a layout it cannot take
+            return False
+        before, after = _layout(value_of(node)), _layout(value)
+        if [kind[:-1] for kind in before] != [kind[:-1] for kind in after]:
+            return False
+        if before != after:
+            new[node] = value
+            waiting |= set(node.users)
+    for node, value in new.items():
+        node.meta["example_value"] = value
+    return True
+
+
+def _layout(values: Any) -> list[tuple[Any, ...]]:
+    return [
+        (v.shape, v.dtype, v.device, v.stride()) if isinstance(v, Tensor) else (v, None)
+        for v in _leaves(values)
+    ]
 
 
 def tensor_users(nodes: Iterable[fx.Node]) -> set[fx.Node]:

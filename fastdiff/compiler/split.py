@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from fastdiff.compiler.graph import is_tensor
+from fastdiff.compiler.packing import stacked
 
 ROLES = ("weights", "condition", "time", "sample")
 PROGRAMS = ("weights", "prompt", "schedule", "both", "step")
@@ -109,6 +110,7 @@ def _pull_views(graph: fx.Graph, where: dict[fx.Node, str]) -> None:
         cheap = node.op == "call_method" and node.target in ("view", "transpose", "unsqueeze")
         # Not out of a tuple: programs hand over tensors.
         cheap = cheap or (node.target is operator.getitem and is_tensor(node.args[0]))
+        cheap = cheap or node.target is stacked
         if cheap:
             where[node] = users.pop()
 

@@ -101,7 +101,8 @@ class Arguments(NamedTuple):
         first = self.q.shape[1]
         nothing = self.q[:0]
         return (
-            _contiguous(out[:, :first]),
+            # A copy only where the layout is another: flattened, so that strides of ones agree too.
+            out.flatten().view(out.shape) if self.extra_q is None else _contiguous(out[:, :first]),
             nothing.sum((1, 2, 3)) if self.extra_q is None else _contiguous(out[:, first:]),
             nothing.sum((1, 2, 3), dtype=_wide(nothing)) if lse is None else lse,
         )

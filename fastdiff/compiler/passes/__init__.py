@@ -12,10 +12,13 @@ from collections.abc import Callable
 
 from torch import fx
 
+from fastdiff.compiler.passes.attention import fuse_attention
 from fastdiff.compiler.passes.gate_residual import fuse_gate_residual, fuse_gate_residual_norm
 from fastdiff.compiler.passes.gated import fuse_geglu, fuse_swiglu
 from fastdiff.compiler.passes.group_norm import fuse_add_group_norm, fuse_group_norm
 from fastdiff.compiler.passes.layer_norm import fuse_layer_norm
+from fastdiff.compiler.passes.prepack import prepack
+from fastdiff.compiler.passes.qkv import merge_projections
 from fastdiff.compiler.passes.rms_norm import fuse_rms_norm
 from fastdiff.compiler.passes.timestep import fuse_timestep_embedding
 
@@ -31,6 +34,13 @@ PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "geglu": fuse_geglu,
     "swiglu": fuse_swiglu,
     "timestep_embedding": fuse_timestep_embedding,
+    "attention": fuse_attention,
+    # These look at real memory, which Inductor does not show: see ``MEMORY``.
+    "qkv": merge_projections,
+    "prepack": prepack,
 }
 
-__all__ = ["PASSES"]
+# Not with ``mode="max"``; Inductor has its own ways for the same.
+MEMORY = ("qkv", "prepack")
+
+__all__ = ["MEMORY", "PASSES"]

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from fastdiff.compiler.graph import argument, calls, is_tensor, value_of
+from fastdiff.compiler.packing import stacked
 
 # Fewer multiplications than this are not worth a call of their own.
 LEAST = 1 << 16
@@ -152,7 +153,9 @@ def _call(graph: fx.Graph, before: fx.Node, target: Any, value: Any, *args: Any)
 
 def _fits(x: Any, weight: Any) -> bool:
     """Both bf16 on the CPU, the weight one of the model's own and not computed in every step."""
-    if not (is_tensor(x) and is_tensor(weight)) or weight.op != "placeholder":
+    if not (is_tensor(x) and is_tensor(weight)):
+        return False
+    if weight.op != "placeholder" and weight.target is not stacked:
         return False
     values = value_of(x), value_of(weight)
     return all(v.device.type == "cpu" and v.dtype == torch.bfloat16 for v in values)
