@@ -103,10 +103,27 @@ def logic(x: Tensor, t: Tensor) -> Tensor:
     return x * ((x > 0) & (x < 1) | (x < -1))
 
 
+def a_view_read_before_and_after(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    rows = y.view(12, 4)
+    total = rows.sum()
+    rows[0] = t
+    return y + total, rows.mean(0)
+
+
+def a_base_written_with_a_view_unread(x: Tensor, t: Tensor) -> Tensor:
+    y = x * 2
+    first = y[0]
+    z = first + 1
+    y[0] = t
+    return y + z
+
+
 REWRITTEN = [
     sign_of_a_power, method, items_of_zeros, rotary, rotary_in_double, copied_through_data,
     a_view_written_twice, transposed, through_a_reshape, masked, a_chunk, an_activation,
-    constants_of_the_time, logic,
+    constants_of_the_time, logic, a_view_read_before_and_after,
+    a_base_written_with_a_view_unread,
 ]  # fmt: skip
 
 
@@ -122,7 +139,15 @@ def two_overlapping_views(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def a_base_written_with_a_view_read(x: Tensor, t: Tensor) -> Tensor:
+    y = x * 2
+    rows = y.view(-1)[3:]
+    y[0] = t
+    return rows + 1
+
+
 LEFT = {
+    a_base_written_with_a_view_read: "setitem on memory with another name",
     on_an_input: "setitem on an input",
     two_overlapping_views: "mul_ on memory with another name",
 }
