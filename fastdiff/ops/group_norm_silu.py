@@ -310,7 +310,7 @@ def _triton(
             plan = tuning.plan(OP.name, key, lambda: _tuning_candidates(x, num_groups, skip=skip))
         silu = activation == "silu"
         kernels.launch(
-            x, out, num_groups, weight, bias, *rows, eps, silu, channels_last, plan, skip
+            x, out, num_groups, weight, bias, *rows, eps, silu, channels_last, plan, skip=skip
         )
     return out
 
