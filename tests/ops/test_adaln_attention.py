@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import row_cases
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -197,6 +198,13 @@ def test_statistics_are_those_of_the_result_and_are_taken_as_given() -> None:
     # Not computed again: others give another result.
     other = adaln_attention(result, **kwargs, mean=mean + 1, rstd=rstd)
     assert not torch.allclose(other, following)
+
+
+@pytest.mark.parametrize("dtype", row_cases.DTYPES, ids=str)
+def test_no_new_nan_at_the_ends_of_the_range(dtype: torch.dtype) -> None:
+    call = _call("modulation with a dimension of one", dtype)
+    for _, rows in row_cases.extremes(dtype, 36, 32):
+        row_cases.assert_no_new_nan(OP, rows.view_as(call.args[0]), **call.kwargs)
 
 
 def test_a_stream_without_a_result_does_not_change_the_other() -> None:
