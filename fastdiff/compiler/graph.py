@@ -118,6 +118,7 @@ def functionalise(graph: fx.Graph) -> str:
     afterwards, become an addition, and a copy of x with y in it.
     """
     for node in list(graph.nodes):
+        _copy_is_setting(node)
         setting = node.op == "call_function" and node.target is operator.setitem
         if setting or (node.op == "call_function" and node.target in _IN_PLACE_OPERATORS):
             target = node.args[0]
@@ -139,6 +140,20 @@ def functionalise(graph: fx.Graph) -> str:
         elif _mutates(node):
             return f"{name_of(node)} in place"
     return ""
+
+
+def _copy_is_setting(node: fx.Node) -> None:
+    """Makes ``x[i].copy_(y)`` and ``x.data[i].copy_(y)`` what they are, ``x[i] = y``."""
+    item = node.args[0] if calls(node, "copy_") and len(node.args) == 2 else None
+    if not calls(item, "getitem") or node.users or node.kwargs or not is_tensor(item):
+        return
+    assert isinstance(item, fx.Node)
+    owner, index = item.args
+    while calls(owner, "_get_data_attr", "detach") and only_user(owner):  # type: ignore[arg-type]
+        owner = owner.args[0]  # type: ignore[union-attr]
+    if is_tensor(owner) and only_user(item):
+        node.op, node.target = "call_function", operator.setitem
+        node.args = (owner, index, node.args[1])
 
 
 def _shared(target: fx.Node, write: fx.Node) -> bool:
