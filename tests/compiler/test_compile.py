@@ -324,7 +324,8 @@ def test_report_says_what_was_done():
     assert sum(fused) == norms
     assert min(fused) > 0
     assert graph.unfused["group_norm"] == 0
-    assert set(graph.programs) == {"weights", "prompt", "schedule", "both", "step"}
+    # The tables of frequencies, which depend on the weights alone, are part of an op.
+    assert set(graph.programs) == {"prompt", "schedule", "both", "step"}
     text = str(report)
     assert f"{fused[1]} add_group_norm_silu, {fused[0]} group_norm_silu" in text
     assert "36 layer_norm: nothing follows, and it is small" in text
