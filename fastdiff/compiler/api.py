@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fastdiff.compiler.compiled import Compiled
-from fastdiff.compiler.report import Report
 
-Module = TypeVar("Module", bound=nn.Module)
+Model = TypeVar("Model")
 
 
 def compile(
-    model: Module, *, roles: Mapping[str, str] | None = None, max_graphs: int = 8
-) -> Module:
+    model: Model,
+    *,
+    roles: Mapping[str, str] | None = None,
+    max_graphs: int = 8,
+    components: Iterable[str] | None = None,
+) -> Model:
     """The same model, whose calls run fused and without repeating what a step does not change.
 
     The model is changed in place and returned: its class, attributes, weights, ``state_dict``,
@@ -23,40 +27,74 @@ def compile(
     The first call with a new set of shapes captures a graph (``torch.compile``'s front end, without
     Inductor). Calls that need gradients, and training mode, run the model's own code.
 
+    A pipeline of diffusers is changed in place, too: its denoisers, ControlNets, and the encoder
+    and decoder of its autoencoder are compiled, and its scheduler becomes the class of
+    ``fastdiff.integrations.diffusers`` that gives the same results. Text encoders, which run once
+    per prompt, stay as they are unless ``components`` names them.
+
     roles: for arguments of ``forward`` that do not have a usual name: "sample" (different in every
         step), "time", or "condition" (the same over a run, the default).
-    max_graphs: how many sets of shapes are kept.
+    max_graphs: how many sets of shapes are kept (of each part of a pipeline).
+    components: of a pipeline, the names of those to change; None: all of the above.
 
-    Raises TypeError for something else than a module, ValueError for bad roles. ``report(model)``
-    says what was done.
+    Raises TypeError for something else than a module or a pipeline, ValueError for bad roles or
+    components. ``report(model)`` says what was done.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(max_graphs, bool) or not isinstance(max_graphs, int) or max_graphs < 1:
         raise ValueError(f"max_graphs must be an integer of at least 1, got {max_graphs}")
+    if is_pipeline(model):
+        from fastdiff.integrations.diffusers import pipeline
+
+        if roles is not None:
+            raise ValueError(f"roles must be None for a pipeline, got {roles}")
+        pipeline.compile_pipeline(model, max_graphs, components)
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module or a pipeline of diffusers, got "
+            f"{type(model).__name__}"
+        )
+    if components is not None:
+        raise ValueError(f"components must be None for a module, got {components}")
     # nn.Module keeps this out of copies and pickles.
     model._compiled_call_impl = Compiled(model, roles, max_graphs)  # type: ignore[assignment]
     return model
 
 
-def uncompile(model: Module) -> Module:
-    """Undoes :func:`compile`; the model's own code runs again."""
-    if compiled(model) is not None:
-        model._compiled_call_impl = None
+def uncompile(model: Model) -> Model:
+    """Undoes :func:`compile`; the model's own code, and a pipeline's own scheduler, run again."""
+    if is_pipeline(model):
+        from fastdiff.integrations.diffusers import pipeline
+
+        pipeline.uncompile_pipeline(model)
+    elif (found := compiled(model)) is not None:
+        found.close()
+        model._compiled_call_impl = None  # type: ignore[attr-defined]
     return model
 
 
-def compiled(model: nn.Module) -> Compiled | None:
+def is_pipeline(model: Any) -> bool:
+    """Whether it is a pipeline of diffusers; diffusers is not imported to find out."""
+    loaded = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    return loaded is not None and isinstance(model, loaded.DiffusionPipeline)
+
+
+def compiled(model: Any) -> Compiled | None:
     """What :func:`compile` put in the model."""
     found = getattr(model, "_compiled_call_impl", None)
     return found if isinstance(found, Compiled) else None
 
 
-def report(model: nn.Module) -> Report:
+def report(model: Any) -> Any:
     """What was captured, fused and hoisted so far, and why calls ran the model's own code.
 
-    Raises ValueError for a model that is not compiled.
+    A ``Report``; of a pipeline a ``PipelineReport``, with one line for each component. Raises
+    ValueError for what is not compiled.
     """
+    if is_pipeline(model):
+        from fastdiff.integrations.diffusers import pipeline
+
+        return pipeline.report_pipeline(model)
     found = compiled(model)
     if found is None:
         raise ValueError(f"model must be compiled by fastdiff.compile, got {type(model).__name__}")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import threading
 import time
 import types
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from fastdiff.compiler.graph import functionalise, is_tensor, name_of
+from fastdiff.compiler.lora import Scales, take_scale
 from fastdiff.compiler.passes import PASSES
 from fastdiff.compiler.report import LEFT, GraphReport, Report
 from fastdiff.compiler.runner import Runner, fake_flops
@@ -34,6 +38,8 @@ STEP_NAMES = (
     "block_controlnet_hidden_states",
     "x_self_cond",
 )
+# Numbers that loops change and models only multiply with.
+FACTORS = ("conditioning_scale", "controlnet_conditioning_scale")
 
 
 def roles_of(model: nn.Module, given: Mapping[str, str] | None) -> dict[str, str]:
@@ -70,7 +76,10 @@ class Compiled:
     """Stands in for a module's call; see ``fastdiff.compile``.
 
     max_graphs: how many captured graphs are kept, the least recently used one going first.
+    token: gives an object that is another one in each sampling run; see `Runner`.
     """
+
+    token: Callable[[], Any] | None = None
 
     def __init__(
         self, model: nn.Module, roles: Mapping[str, str] | None = None, max_graphs: int = 8
@@ -82,14 +91,39 @@ class Compiled:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._eager: Counter[str] = Counter()
         self._lock = threading.RLock()
+        self._scales = Scales()
+        self._captures = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reason = self._why_eager(args, kwargs)
-        if reason:
-            self._eager[reason] += 1
-            return self.model._call_impl(*args, **kwargs)
-        inputs = self._bind(args, kwargs)
-        return self._entry(inputs)(self.model, inputs)
+        if not reason:
+            inputs = self._bind(args, kwargs)
+            with self._scaled(inputs):
+                entry = self._entry(inputs)
+                try:
+                    if not entry.why_eager:
+                        return entry(self.model, inputs)
+                except TorchDynamoException as error:
+                    # Before anything has run: PyTorch's front end cannot capture this.
+                    entry.why_eager = f"it cannot be captured: {_first_line(error)}"
+                reason = entry.why_eager
+        self._eager[reason] += 1
+        return self.model._call_impl(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _scaled(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Within it the scales of LoRA layers are tensors, with the scale of this call in them."""
+        if not getattr(self.model, "peft_config", None) and not self._scales:
+            yield
+            return
+        with self._lock:
+            scale = take_scale(inputs)
+            self._scales.place(self.model, scale)
+            try:
+                yield
+            finally:
+                if scale != 1:
+                    self._scales.restore()
 
     def _why_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if torch.compiler.is_compiling():
@@ -104,6 +138,9 @@ class Compiled:
                 return "an input requires gradients"
         if getattr(self.model, "_hf_hook", None) is not None:
             return "accelerate moves its weights (an offload hook is set)"
+        hooks = getattr(getattr(self.model, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            return f"hooks of diffusers are set on it ({', '.join(hooks)})"
         return ""
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +160,9 @@ class Compiled:
             if number and self.roles.get(name) == "time":
                 dtype = torch.int64 if isinstance(value, int) else torch.float64
                 inputs[name] = torch.tensor(value, dtype=dtype, device=_device(inputs))
+            elif number and name in FACTORS:
+                # Not on the device: there it would be rounded to the dtype of what it multiplies.
+                inputs[name] = torch.tensor(value, dtype=torch.float64)
         return inputs
 
     def _entry(self, inputs: dict[str, Any]) -> _Entry:
@@ -130,7 +170,7 @@ class Compiled:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(self.roles)
+                entry = self._entries[key] = _Entry(self)
                 while len(self._entries) > self.max_graphs:
                     self._entries.popitem(last=False)
             else:
@@ -141,6 +181,15 @@ class Compiled:
         """Forgets all graphs and all kept results."""
         with self._lock:
             self._entries.clear()
+
+    def close(self) -> None:
+        """The model is as it was before."""
+        with self._lock:
+            self._scales.restore(numbers=True)
+
+    def captured(self) -> None:
+        """Counts a graph."""
+        self._captures += 1
 
     def report(self) -> Report:
         """What was captured, fused, hoisted, and what was not, with reasons."""
@@ -155,6 +204,7 @@ class Compiled:
             sum(k.nbytes() for k in kept),
             sum(k.hits for k in kept),
             sum(k.misses for k in kept),
+            self._captures,
         )
 
 
@@ -179,29 +229,49 @@ def _shapes_key(inputs: dict[str, Any]) -> Any:
 class _Entry:
     """The graph of one set of shapes: a function of its own, with guards of its own.
 
-    PyTorch counts recompilations per code object, and gives up after a few; shapes must not.
+    PyTorch counts recompilations per code object, and gives up after a few; shapes must not. Where
+    something else about the model changes more often than that, the graphs begin anew.
+    why_eager: why the model's own code runs, or "".
     """
 
-    def __init__(self, roles: dict[str, str]) -> None:
-        self._roles = roles
+    def __init__(self, owner: Compiled) -> None:
+        # Not a strong reference: PyTorch's caches hold the function, and uncompiling frees.
+        self._owner = weakref.ref(owner)
         self.graphs: list[_Graph] = []
         self.runners: list[Runner] = []
+        self.why_eager = ""
+        self._last: list[Any] = [None]
+        self._started = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.graphs, self.runners = [], []
         own = types.FunctionType(
             _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"), _call.__globals__
         )
         self._function = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
-        self._started = 0.0
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if not self.runners:
             self._started = time.perf_counter()
-        return self._function(model, inputs)
+        try:
+            return self._function(model, inputs)
+        except FailOnRecompileLimitHit:
+            self._begin()
+            return self._function(model, inputs)
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
-        graph = _Graph(module, self._roles, time.perf_counter() - (self._started or 0.0))
+        owner = self._owner()
+        assert owner is not None  # it is calling
+        graph = _Graph(module, owner, self._last, time.perf_counter() - (self._started or 0.0))
+        owner.captured()
         self.graphs.append(graph)
         self.runners.append(graph.runner)
         return graph.runner
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -211,8 +281,10 @@ def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
 class _Graph:
     """A captured graph, fused and split."""
 
-    def __init__(self, module: fx.GraphModule, roles: dict[str, str], seconds: float) -> None:
-        graph = module.graph
+    def __init__(
+        self, module: fx.GraphModule, owner: Compiled, last: list[Any], seconds: float
+    ) -> None:
+        graph, roles = module.graph, owner.roles
         self._seconds = seconds
         started = time.perf_counter()
         self._before = len(graph.nodes)
@@ -227,8 +299,8 @@ class _Graph:
         self.fused: dict[str, int] = {}
         if self.why_whole:
             body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-            names = tuple(node.name for node in placeholders)
-            programs = [Program("step", module, names, (), len(body))]
+            every = tuple(node.name for node in placeholders)
+            programs = [Program("step", module, every, (), len(body))]
         else:
             tidy(graph)
             for name, fuse in PASSES.items():
@@ -238,7 +310,8 @@ class _Graph:
             programs = split(module, of_input)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
-        self.runner = Runner(programs, [node.name for node in placeholders], of_input)
+        names = tuple(node.name for node in placeholders)
+        self.runner = Runner(programs, names, of_input, owner.token, last)
         self._seconds += time.perf_counter() - started
 
     def finished(self) -> GraphReport:
