@@ -22,7 +22,7 @@ class Scales:
 
     def __init__(self) -> None:
         self._configs: list[Any] = []
-        self._layers: list[weakref.ref[nn.Module]] = []
+        self._layers: list[weakref.ref[Any]] = []
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._numbers: dict[tuple[int, str], float] = {}
 

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with tiny random components, and a call of each that needs no tokenizer."""
+"""Pipelines of diffusers with tiny random components; a call of each, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -83,6 +83,22 @@ def stable() -> dict[str, Any]:
     """What the Stable Diffusion 1 pipelines share."""
     nothing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     return {"vae": vae(), "scheduler": pndm(), **nothing, "requires_safety_checker": False}
+
+
+def text_encoder() -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    return transformers.CLIPTextModel(config)
 
 
 def pndm() -> Any:
