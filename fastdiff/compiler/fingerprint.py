@@ -69,6 +69,7 @@ class Watch:
         self._seen: set[Any] = set()
         self._last: float | None = None
         self._direction = 0.0
+        self._against = 0  # moves in a row in the other direction
 
     def begins(self, condition: Any, time: Any, value: float | None, token: Any) -> bool:
         """Whether this call begins a run.
@@ -79,13 +80,13 @@ class Watch:
             begins = self._begins(condition, time, value, token)
             if begins:
                 self._seen.clear()
-                self._direction = 0.0
             self._token, self._last = token, value
             self._seen.add((condition, time))
             self._conditions.add(condition)
             return begins
 
     def _begins(self, condition: Any, time: Any, value: float | None, token: Any) -> bool:
+        turned = self._turned(value)
         if token is not self._token:
             self._conditions.clear()
             return True
@@ -93,11 +94,19 @@ class Watch:
             if len(self._conditions) > 64:
                 self._conditions.clear()
             return True
-        if (condition, time) in self._seen or len(self._seen) > 4096:
-            return True
-        if value is not None and self._last is not None and value != self._last:
-            moved = 1.0 if value > self._last else -1.0
-            if self._direction and moved != self._direction:
-                return True
+        return turned or (condition, time) in self._seen or len(self._seen) > 4096
+
+    def _turned(self, value: float | None) -> bool:
+        """Whether the time moved against the direction of runs so far: back to a first step."""
+        if value is None or self._last is None or value == self._last:
+            return False
+        moved = 1.0 if value > self._last else -1.0
+        if not self._direction:
             self._direction = moved
-        return False
+        if moved == self._direction:
+            self._against = 0
+            return False
+        self._against += 1
+        if self._against > 1:  # a run in the other direction
+            self._direction, self._against = moved, 0
+        return True

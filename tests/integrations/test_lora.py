@@ -50,6 +50,10 @@ class Pair:
 
     def __init__(self, name: str, part: str) -> None:
         (self.mine, self.call), (self.theirs, _) = made(name), made(name)
+        for pipe in (self.mine, self.theirs):
+            # As peft does when a LoRA is loaded, for good: PyTorch guards it, and the graph from
+            # before could not serve again after an unload.
+            getattr(pipe, part).requires_grad_(False)
         self.part = part
         fastdiff.compile(self.mine)
         self.last: Tensor | None = None
