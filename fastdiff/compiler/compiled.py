@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import inspect
 import re
@@ -246,10 +247,21 @@ class _Entry:
 
     def _begin(self) -> None:
         self.graphs, self.runners = [], []
+        # Globals of its own, too: PyTorch puts what it has compiled there.
         own = types.FunctionType(
-            _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"), _call.__globals__
+            _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"),
+            {"__builtins__": builtins, "__name__": __name__},
         )
-        self._function = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        weakref.finalize(self, _release, own)
+        reference = weakref.ref(self)
+
+        def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+            entry = reference()
+            assert entry is not None  # it is calling
+            return entry._backend(module, inputs)
+
+        # PyTorch keeps every backend it has seen; this one must not keep the graphs.
+        self._function = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if not self.runners:
@@ -268,6 +280,15 @@ class _Entry:
         self.graphs.append(graph)
         self.runners.append(graph.runner)
         return graph.runner
+
+
+def _release(function: types.FunctionType) -> None:
+    """PyTorch keeps the globals of what it has compiled; they must not keep graphs and results.
+
+    Nobody runs the function any more: whoever calls it holds its entry.
+    """
+    torch._dynamo.eval_frame.remove_from_cache(function)
+    function.__globals__.clear()
 
 
 def _first_line(error: Exception) -> str:
