@@ -4,6 +4,7 @@ Public names::
 
     fastdiff.sample(model, ...)     draw samples with any solver, as one table-driven loop
     fastdiff.compile(model)         the same model, fused, without what a step does not change
+    fastdiff.report(model)          what compile did to it, and what it could not do
     fastdiff.load(name_or_path)     a model of the zoo with its weights
     fastdiff.ops                    the fused operators, also as torch.ops.fastdiff.*
     fastdiff.sampling               guidance, hooks and what else a run can be given
@@ -22,7 +23,7 @@ from fastdiff._version import __version__
 
 if TYPE_CHECKING:
     from fastdiff import models, ops, sampling, solvers
-    from fastdiff.compiler import compile, uncompile
+    from fastdiff.compiler import compile, report, uncompile
     from fastdiff.models import load
     from fastdiff.sampling import sample
 
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "models",
     "ops",
+    "report",
     "sample",
     "sampling",
     "solvers",
@@ -43,6 +45,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "compile": ("fastdiff.compiler", "compile"),
     "load": ("fastdiff.models", "load"),
     "models": ("fastdiff.models", None),
+    "report": ("fastdiff.compiler", "report"),
     "sample": ("fastdiff.sampling", "sample"),
     "sampling": ("fastdiff.sampling", None),
     "solvers": ("fastdiff.solvers", None),

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fastdiff.compiler.api import compile, report, uncompile
-from fastdiff.compiler.report import GraphReport, Report
+from fastdiff.compiler.reports import GraphReport, Report
 
 __all__ = ["GraphReport", "Report", "compile", "report", "uncompile"]

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
 from fastdiff.compiler.compiled import Compiled
-from fastdiff.compiler.cuda_graphs import MAX_BYTES, Pool
-from fastdiff.compiler.report import Report
+from fastdiff.compiler.cuda_graphs import MAX_BYTES
+from fastdiff.compiler.options import Options
 
-MODES = ("default", "max")
-Module = TypeVar("Module", bound=nn.Module)
+Model = TypeVar("Model")
 
 
 def compile(
-    model: Module,
+    model: Model,
     *,
     roles: Mapping[str, str] | None = None,
     mode: str = "default",
+    freeze: bool = False,
     max_graphs: int = 8,
     cuda_graphs: bool = True,
     max_graph_bytes: int = MAX_BYTES,
-) -> Module:
+    components: Iterable[str] | None = None,
+) -> Model:
     """The same model, whose calls run fused and without repeating what a step does not change.
 
     The model is changed in place and returned: its class, attributes, weights, ``state_dict``,
@@ -31,54 +33,89 @@ def compile(
     The first call with a new set of shapes captures a graph (``torch.compile``'s front end, without
     Inductor). Calls that need gradients, and training mode, run the model's own code.
 
+    A pipeline of diffusers is changed in place, too: its denoisers, ControlNets, and the encoder
+    and decoder of its autoencoder are compiled, and its scheduler becomes the class of
+    ``fastdiff.integrations.diffusers`` that gives the same results. Text encoders, which run once
+    per prompt, stay as they are unless ``components`` names them.
+
     roles: for arguments of ``forward`` that do not have a usual name: "sample" (different in every
         step), "time", or "condition" (the same over a run, the default).
     mode: "default", or "max": what is left between fastdiff's ops is compiled by Inductor, which
         takes minutes for a large model.
-    max_graphs: how many sets of shapes are kept.
+    freeze: on a CPU with bf16 products, keep the weights a second time, in the order that those
+        take, and images channels last. Writes to weights are still seen, but for those through
+        ``weight.data`` (fusing a LoRA): compile again after them.
+    max_graphs: how many sets of shapes are kept (of each part of a pipeline).
     cuda_graphs: on a CUDA device, replay the programs as CUDA graphs, from the second call on; the
         results have memory of their own.
     max_graph_bytes: what the CUDA graphs of the model may take together; the least recently used
         are recorded again when they are needed.
+    components: of a pipeline, the names of those to change; None: all of the above.
 
-    Raises TypeError for something else than a module, ValueError for bad roles and bounds.
+    Raises TypeError for something else than a module or a pipeline, ValueError for bad options.
     ``report(model)`` says what was done.
     """
+    options = Options(mode, freeze, max_graphs, cuda_graphs, max_graph_bytes)
+    if is_pipeline(model):
+        from fastdiff.integrations.diffusers import pipeline
+
+        if roles is not None:
+            raise ValueError(f"roles must be None for a pipeline, got {roles}")
+        pipeline.compile_pipeline(model, options, components)
+        return model
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    _at_least("max_graphs", max_graphs, 1)
-    _at_least("max_graph_bytes", max_graph_bytes, 0)
-    pool = Pool(max_bytes=max_graph_bytes) if cuda_graphs else None
+        raise TypeError(
+            f"model must be a torch.nn.Module or a pipeline of diffusers, got "
+            f"{type(model).__name__}"
+        )
+    if components is not None:
+        raise ValueError(f"components must be None for a module, got {components}")
+    install(model, options, roles)
+    return model
+
+
+def install(model: nn.Module, options: Options, roles: Mapping[str, str] | None = None) -> Compiled:
+    """Puts a :class:`Compiled` in the place of the module's call."""
+    made = Compiled(model, options, roles)
     # nn.Module keeps this out of copies and pickles.
-    model._compiled_call_impl = Compiled(model, roles, max_graphs, pool, mode)  # type: ignore[assignment]
+    model._compiled_call_impl = made  # type: ignore[assignment]
+    return made
+
+
+def uncompile(model: Model) -> Model:
+    """Undoes :func:`compile`; the model's own code, and a pipeline's own scheduler, run again."""
+    if is_pipeline(model):
+        from fastdiff.integrations.diffusers import pipeline
+
+        pipeline.uncompile_pipeline(model)
+    elif (found := compiled(model)) is not None:
+        found.close()
+        model._compiled_call_impl = None  # type: ignore[attr-defined]
     return model
 
 
-def _at_least(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def is_pipeline(model: Any) -> bool:
+    """Whether it is a pipeline of diffusers; diffusers is not imported to find out."""
+    loaded = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    return loaded is not None and isinstance(model, loaded.DiffusionPipeline)
 
 
-def uncompile(model: Module) -> Module:
-    """Undoes :func:`compile`; the model's own code runs again."""
-    if compiled(model) is not None:
-        model._compiled_call_impl = None
-    return model
-
-
-def compiled(model: nn.Module) -> Compiled | None:
+def compiled(model: Any) -> Compiled | None:
     """What :func:`compile` put in the model."""
     found = getattr(model, "_compiled_call_impl", None)
     return found if isinstance(found, Compiled) else None
 
 
-def report(model: nn.Module) -> Report:
+def report(model: Any) -> Any:
     """What was captured, fused and hoisted so far, and why calls ran the model's own code.
 
-    Raises ValueError for a model that is not compiled.
+    A ``Report``; of a pipeline a ``PipelineReport``, with one line for each component. Raises
+    ValueError for what is not compiled.
     """
+    if is_pipeline(model):
+        from fastdiff.integrations.diffusers import pipeline
+
+        return pipeline.report_pipeline(model)
     found = compiled(model)
     if found is None:
         raise ValueError(f"model must be compiled by fastdiff.compile, got {type(model).__name__}")

@@ -28,6 +28,9 @@ class Recorder(Protocol):
     def why_not(self, values: Sequence[Any]) -> str:
         """ "" or why a call with these inputs cannot be recorded."""
 
+    def constant(self, value: Tensor) -> bool:
+        """Whether a recording holds the value of this tensor, instead of reading it again."""
+
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
         """(replay, the results that a replay overwrites, bytes taken)."""
 
@@ -48,7 +51,8 @@ class CudaRecorder:
         self._last: int | None = None
 
     def why_not(self, values: Sequence[Any]) -> str:
-        devices = {value.device for value in values if isinstance(value, Tensor)}
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        devices = {value.device for value in tensors if not self.constant(value)}
         if not any(device.type == "cuda" for device in devices):
             return "not on a CUDA device"
         if len(devices) > 1:
@@ -56,6 +60,10 @@ class CudaRecorder:
         if torch.cuda.is_current_stream_capturing():
             return "part of a graph that is being captured"
         return ""
+
+    def constant(self, value: Tensor) -> bool:
+        # A number on the CPU (a LoRA's scale) is an argument of the kernels that use it.
+        return value.device.type == "cpu" and value.dim() == 0
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
         if self._pool is None:
@@ -172,10 +180,10 @@ class Graphed:
         with self._pool.lock:
             recorder.wait()
             moving, _ = _flat(values, self._fixed)
-            key = (
-                *(values[i].data_ptr() for i in self._fixed),
-                *(value for value in moving if not isinstance(value, Tensor)),
-            )
+            held = [value for value in moving if not isinstance(value, Tensor)]
+            fixed = [values[i] for i in self._fixed]
+            held += [v.item() for v in (*moving, *fixed) if self._held(v)]
+            key = (*(value.data_ptr() for value in fixed if not self._held(value)), *held)
             if self._replay is None or key != self._key:
                 try:
                     self._record(values, key)
@@ -192,6 +200,9 @@ class Graphed:
             recorder.done()
             self._pool.used(self)
         return results
+
+    def _held(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and self._pool.recorder.constant(value)
 
     def _record(self, values: Sequence[Any], key: tuple[Any, ...]) -> None:
         self.forget()
@@ -216,7 +227,7 @@ class Graphed:
         """Copies the inputs that are not those of the last replay."""
         into, source = [], []
         for i, value in enumerate(moving):
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or self._held(value):
                 continue
             version = None if value.is_inference() else value._version
             known, last = self._given[i]

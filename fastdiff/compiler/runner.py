@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.cuda_graphs import Graphed, Pool
+from fastdiff.compiler.fingerprint import Watch, digest
 from fastdiff.compiler.graph import value_of
 from fastdiff.compiler.split import Program, is_random
 
@@ -27,7 +28,7 @@ class Kept:
 
     A result is found again by the identity of its inputs: address, version (in-place writes change
     it), shape, strides and dtype; the inputs are held, so that no address comes twice. When a
-    weight has changed, everything is forgotten.
+    weight has changed, everything is forgotten; what no version shows, `Runner` looks for.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class Kept:
         self._entries: OrderedDict[Any, tuple[Any, tuple[Any, ...]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def results(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        """The program's outputs for these values, computed or found."""
+    def results(self, values: dict[str, Any], keys: dict[str, Any]) -> tuple[Any, ...]:
+        """The program's outputs for these values, computed or found.
+
+        keys: what the inputs other than weights are known by.
+        """
         weights = [values[name] for name in self.weights]
         others = [values[name] for name in self.others]
-        weights_key = tuple((w.data_ptr(), _version(w)) for w in weights)
-        key = tuple(_key(value) for value in others)
+        weights_key = tuple(_weight_key(weight) for weight in weights)
+        key = tuple(keys[name] for name in self.others)
         known = None not in key and all(version is not None for _, version in weights_key)
         if known:
             with self._lock:
@@ -85,9 +89,15 @@ class Kept:
         return sum(r.numel() * r.element_size() for r in kept if isinstance(r, Tensor))
 
 
-def _version(tensor: Tensor) -> int | None:
-    """None where writes are not counted: tensors made under inference_mode."""
-    return None if tensor.is_inference() else tensor._version
+def _weight_key(tensor: Tensor) -> tuple[Any, Any]:
+    """(where it is, its version): None where writes are not counted (under inference_mode)."""
+    if _is_number(tensor):  # the scale of a LoRA
+        return tensor.item(), 0
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.dim() == 0 and tensor.device.type == "cpu"
 
 
 def _key(value: Any) -> Any:
@@ -102,7 +112,13 @@ def _key(value: Any) -> Any:
 
 
 class Runner:
-    """Calls the programs of one captured graph in order. Two threads may do so at once."""
+    """Calls the programs of one captured graph in order. Two threads may do so at once.
+
+    token: gives an object that is another one in each sampling run, where there is such a thing.
+    last: the runner that ran last among those that share the list; another one since means that
+    something about the model is not as it was. frozen: writes that no version counts are not
+    looked for in the weights of the weights' program.
+    """
 
     def __init__(
         self,
@@ -111,6 +127,9 @@ class Runner:
         roles: dict[str, str],
         pool: Pool | None = None,
         build: Callable[[Program], Callable[..., Any]] | None = None,
+        token: Callable[[], Any] | None = None,
+        last: list[Any] | None = None,
+        frozen: bool = False,
     ) -> None:
         self.placeholders = tuple(placeholders)
         self.programs = tuple(programs)
@@ -133,12 +152,47 @@ class Runner:
                 others = [name for name in ordered if roles[name] != "weights"]
                 self.kept.append(Kept(program, weights, others, run))
         self.step, self._run_step = program, run
+        looked = [k for k in self.kept if not (frozen and k.program.name == "weights")]
+        self._others = list(dict.fromkeys(name for kept in self.kept for name in kept.others))
+        self._weights = list(dict.fromkeys(name for kept in looked for name in kept.weights))
+        self._token = token or (lambda: None)
+        self._last = [None] if last is None else last
+        self._watch = Watch()
+        self._digest: tuple[int, ...] | None = None
 
     def __call__(self, *args: Any) -> Any:
         values = dict(zip(self.placeholders, args, strict=True))
+        keys = {name: _key(values[name]) for name in self._others}
+        if self._weights:
+            self._look(values, keys)
         for kept in self.kept:
-            values.update(zip(kept.program.outputs, kept.results(values), strict=True))
+            values.update(zip(kept.program.outputs, kept.results(values, keys), strict=True))
         return self._run_step(*(values[name] for name in self.step.inputs))
+
+    def _look(self, values: dict[str, Any], keys: dict[str, Any]) -> None:
+        """Forgets everything kept if weights have changed unseen, whenever a run begins."""
+        times = [name for name in self._others if self.roles[name] == "time"]
+        condition = tuple(keys[name] for name in self._others if name not in times)
+        first = values[times[0]] if times else None
+        value = None
+        if isinstance(first, Tensor) and first.device.type == "cpu" and 0 < first.numel() <= SMALL:
+            value = float(first.reshape(-1)[0])
+        begins = self._watch.begins(
+            condition, tuple(keys[name] for name in times), value, self._token()
+        )
+        if self._last[0] is not self:
+            self._last[0] = self
+            begins = True
+        if not begins:
+            return
+        weights = [values[name] for name in self._weights if not _is_number(values[name])]
+        if any(w.is_cuda for w in weights) and torch.cuda.is_current_stream_capturing():
+            return  # nothing can be read then
+        found = digest(weights)
+        if found != self._digest:
+            if self._digest is not None:
+                self.clear()
+            self._digest = found
 
     def clear(self) -> None:
         """Forgets all kept results and CUDA graphs."""

@@ -307,10 +307,71 @@ def test_uncompiling_leaves_nothing_behind():
     gone = weakref.ref(model._compiled_call_impl)
     assert held
     compiler.uncompile(model)
-    torch._dynamo.reset()  # the front end's own caches
     gc.collect()
     assert gone() is None
     assert not any(reference() is not None for reference in held)
+
+
+def test_graphs_are_freed_when_shapes_change_and_models_are_compiled_again():
+    """PyTorch's own caches must not keep them (it kept every one of them, with its results)."""
+    model = Small().eval()
+    runners = []
+
+    def call(size: int) -> None:
+        with torch.no_grad():
+            model(torch.randn(2, 4, size, 3), torch.tensor([3, 4]))
+        (*_, entry) = model._compiled_call_impl._entries.values()
+        runners.append(weakref.ref(entry.runners[0]))
+
+    compiler.compile(model, max_graphs=2)
+    for size in range(3, 9):
+        call(size)
+    gc.collect()
+    assert [r() is not None for r in runners] == [False] * 4 + [True] * 2
+    for _ in range(3):
+        compiler.uncompile(model)
+        compiler.compile(model)
+        call(4)
+    compiler.uncompile(model)
+    gc.collect()
+    assert not any(r() is not None for r in runners)
+
+
+class Breaking(Small):
+    """What PyTorch's front end cannot capture."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, scale: Tensor | None = None) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(sample, timestep, scale)
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_says_so():
+    model = compiler.compile(Breaking().eval())
+    values = torch.randn(2, 4, 8, 8), torch.tensor([3, 4])
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(*values), model._call_impl(*values))
+    ((reason, count),) = compiler.report(model).eager.items()
+    assert reason.startswith("it cannot be captured")
+    assert count == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_digests_tell_any_change(dtype):
+    from fastdiff.compiler.fingerprint import BLOCK, digest
+
+    x = torch.randn(3, BLOCK + 5, generator=torch.Generator().manual_seed(0)).mul(20).to(dtype)
+    before = digest([x])
+    assert digest([x.clone()]) == before
+    view = x.data
+    for place in ((0, 0), (1, 7), (2, BLOCK + 4)):
+        view[place] += 1
+        assert digest([x]) != before
+        view[place] -= 1
+    if dtype is not torch.bfloat16:
+        view.copy_(torch.where(x == x, -x, x))  # every sign
+        assert digest([x]) != before
+    assert digest([x.flip(1)]) != before
 
 
 def test_report_says_what_was_done():

@@ -25,6 +25,9 @@ class Again:
     def why_not(self, values: Sequence[Any]) -> str:
         return ""
 
+    def constant(self, value: Tensor) -> bool:
+        return value.dtype == torch.float64 and value.dim() == 0
+
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
         if self.fail:
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -93,6 +96,17 @@ def test_a_weight_elsewhere_records_again(recorder):
         weight.data = weight.data * 2
         for _ in range(2):
             assert torch.equal(graphed(x, weight, shift)[0], x * weight + shift)
+    assert recorder.recorded == 2
+
+
+def test_numbers_are_part_of_the_recording(recorder):
+    graphed = Graphed(affine, [1], Pool(recorder))
+    x, shift = torch.randn(3, 5), torch.randn(5)
+    weight = torch.tensor(2.0, dtype=torch.float64)
+    for step in range(4):
+        if step == 2:
+            weight.fill_(3.0)
+        assert torch.equal(graphed(x, weight, shift)[0], x * weight + shift)
     assert recorder.recorded == 2
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from fastdiff.compiler.options import Options
 from fastdiff.compiler.passes.attention import fuse_attention
 from fastdiff.compiler.passes.gate_residual import fuse_gate_residual, fuse_gate_residual_norm
 from fastdiff.compiler.passes.gated import fuse_geglu, fuse_swiglu
@@ -35,12 +36,18 @@ PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "swiglu": fuse_swiglu,
     "timestep_embedding": fuse_timestep_embedding,
     "attention": fuse_attention,
-    # These look at real memory, which Inductor does not show: see ``MEMORY``.
     "qkv": merge_projections,
     "prepack": prepack,
 }
 
-# Not with ``mode="max"``; Inductor has its own ways for the same.
-MEMORY = ("qkv", "prepack")
 
-__all__ = ["MEMORY", "PASSES"]
+def passes_for(options: Options) -> dict[str, Callable[[fx.Graph], int]]:
+    """Those that these options ask for."""
+    # These two look at real memory, which Inductor does not show; it has its own ways for both.
+    left = {"qkv", "prepack"} if options.mode == "max" else set()
+    if not options.freeze:
+        left.add("prepack")
+    return {name: fuse for name, fuse in PASSES.items() if name not in left}
+
+
+__all__ = ["PASSES", "passes_for"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,9 +77,24 @@ class TableStep:
     _traced_run: bool = False
     _eager_run: bool = False
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own; what was compiled or captured begins again."""
-        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Pipelines ask for the arguments of ``set_timesteps`` (timesteps, sigmas)."""
+        super().__init_subclass__(**kwargs)
+        of_bases = (vars(base).get("set_timesteps") for base in cls.__mro__ if base is not cls)
+        theirs = next((f for f in of_bases if f and not hasattr(f, "_of_table_step")), None)
+        if theirs is None or "set_timesteps" in vars(cls):
+            return
+
+        @functools.wraps(theirs)
+        def set_timesteps(self: TableStep, *args: Any, **kwargs: Any) -> None:
+            theirs(self, *args, **kwargs)
+            self._restart()
+
+        set_timesteps._of_table_step = True  # type: ignore[attr-defined]
+        cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]
+
+    def _restart(self) -> None:
+        """After set_timesteps: what was compiled or captured begins again."""
         self._stepper = self._known_facts = None
         self._timesteps_set = True
         self._reason = None

@@ -47,6 +47,7 @@ class Report:
     """graphs: the captured ones. eager: why calls ran the model's own code, with counts.
 
     kept_bytes: of the results of the programs that steps do not repeat. hits, misses: of those.
+    captures: how often a graph was captured, those no longer kept included.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Report:
     kept_bytes: int = 0
     hits: int = 0
     misses: int = 0
+    captures: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -1,0 +1,219 @@
+"""Capturing the graphs of one set of shapes, and making programs of them."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import time
+import types
+import weakref
+from collections import Counter
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+from fastdiff.compiler.functional import functionalise, repair
+from fastdiff.compiler.graph import is_tensor, name_of
+from fastdiff.compiler.inductor import compile_program
+from fastdiff.compiler.passes import passes_for
+from fastdiff.compiler.reports import LEFT, GraphReport
+from fastdiff.compiler.runner import Runner, fake_flops
+from fastdiff.compiler.split import Program, split
+from fastdiff.compiler.tidy import tidy
+
+if TYPE_CHECKING:
+    from fastdiff.compiler.compiled import Compiled
+
+
+class Entry:
+    """The graphs of one set of shapes: a function of its own, with guards of its own.
+
+    One graph, or several where PyTorch's front end cannot capture the model whole. PyTorch counts
+    recompilations per code object, and gives up after a few; shapes must not. Where something else
+    about the model changes more often than that, the graphs begin anew.
+    why_pieces: why there are several graphs; why_eager: why the model's own code runs; or "".
+    """
+
+    def __init__(self, owner: Compiled) -> None:
+        # Not a strong reference: PyTorch's caches hold the function, and uncompiling frees.
+        self._owner = weakref.ref(owner)
+        self.graphs: list[Graph] = []
+        self.runners: list[Runner] = []
+        self.why_pieces = self.why_eager = ""
+        self._last: list[Any] = [None]
+        self._started = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.forget()
+        self.graphs, self.runners = [], []
+        # Globals of its own, too: PyTorch puts what it has compiled there.
+        own = types.FunctionType(
+            _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"),
+            {"__builtins__": builtins, "__name__": __name__},
+        )
+        weakref.finalize(self, _release, own)
+        reference = weakref.ref(self)
+
+        def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+            entry = reference()
+            assert entry is not None  # it is calling
+            return entry._backend(module, inputs)
+
+        # PyTorch keeps every backend it has seen; this one must not keep the graphs.
+        compiled = partial(torch.compile, own, backend=backend, dynamic=False)
+        self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        if not self.runners:
+            self._started = time.perf_counter()
+        if not self.why_pieces:
+            try:
+                return self._whole(model, inputs)
+            except FailOnRecompileLimitHit:
+                self._begin()
+                return self._whole(model, inputs)
+            except TorchDynamoException as error:
+                # In pieces, with the model's own Python between them; what the model raises itself
+                # comes out of that too.
+                self.why_pieces = first_line(error)
+                self._begin()
+        return self._pieces(model, inputs)
+
+    def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
+        owner = self._owner()
+        assert owner is not None  # it is calling
+        seconds = time.perf_counter() - (self._started or 0.0)
+        graph = Graph(module, owner, self._last, seconds, self.why_pieces)
+        owner.captured()
+        self.graphs.append(graph)
+        self.runners.append(graph.runner)
+        return graph.runner
+
+    def forget(self) -> None:
+        """Drops kept results and CUDA graphs; a thread that still runs it makes them again."""
+        for runner in self.runners:
+            runner.clear()
+
+
+def _release(function: types.FunctionType) -> None:
+    """PyTorch keeps the globals of what it has compiled; they must not keep graphs and results.
+
+    Nobody runs the function any more: whoever calls it holds its entry.
+    """
+    torch._dynamo.eval_frame.remove_from_cache(function)
+    function.__globals__.clear()
+
+
+def first_line(error: Exception) -> str:
+    """The kind and the first line of an error, of the one inside where PyTorch has wrapped it."""
+    error = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    return model._call_impl(**inputs)
+
+
+class Graph:
+    """A captured graph, fused and split. why_piece: why it is not the whole model, or ""."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        owner: Compiled,
+        last: list[Any],
+        seconds: float,
+        why_piece: str = "",
+    ) -> None:
+        graph, options = module.graph, owner.options
+        self._why_piece = why_piece
+        started = time.perf_counter()
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                # flex_attention: needs a compiler of its own.
+                raise NotImplementedError(f"{name_of(node)} is a higher-order operator")
+        self._before = len(graph.nodes)
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        names = tuple(node.name for node in placeholders)
+        roles = {node.name: _role(node, owner.roles, bool(why_piece)) for node in placeholders}
+        self._shapes = {
+            _argument_name(node) or _source(node)[3:-2]: tuple(node.meta["example_value"].shape)
+            for node in placeholders
+            if roles[node.name] != "weights" and is_tensor(node)
+        }
+        repair(graph)
+        self.why_whole = functionalise(graph)
+        module.recompile()
+        self.fused: dict[str, int] = {}
+        if self.why_whole:
+            body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+            programs = [Program("step", module, names, (), len(body))]
+        else:
+            tidy(graph)
+            for name, fuse in passes_for(options).items():
+                self.fused[name] = fuse(graph)
+                graph.eliminate_dead_code()
+            graph.lint()
+            programs = split(module, roles)
+        self._after = len(graph.nodes)
+        self._unfused = Counter(name_of(node) for node in graph.nodes)
+        self._why_unfused = Counter(
+            f"{name_of(node)}: {node.meta['left']}" for node in graph.nodes if "left" in node.meta
+        )
+        self.runner = Runner(
+            programs,
+            names,
+            roles,
+            # What changes its inputs must get the inputs themselves.
+            None if self.why_whole else owner.pool,
+            compile_program if options.mode == "max" else None,
+            owner.token,
+            last,
+            options.freeze,
+        )
+        self._seconds = seconds + time.perf_counter() - started
+
+    def finished(self) -> GraphReport:
+        """The report of this graph."""
+        return GraphReport(
+            self._shapes,
+            dict(self.fused),
+            {name: self._unfused[name] for name in LEFT},
+            self._before,
+            self._after,
+            {p.name: {"nodes": p.nodes, "flops": fake_flops(p)} for p in self.runner.programs},
+            self._seconds,
+            self.why_whole,
+            {name: g.facts() for name, g in self.runner.graphed.items()},
+            self._why_piece,
+            dict(self._why_unfused),
+        )
+
+
+def _source(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def _argument_name(node: fx.Node) -> str:
+    """The model's argument that a placeholder comes from, or ""."""
+    found = _INPUT.match(_source(node))
+    return found[1] if found else ""
+
+
+def _role(node: fx.Node, roles: dict[str, str], piece: bool) -> str:
+    """Of a piece of a model, what comes from the pieces before it may be anything: a sample."""
+    name = _argument_name(node)
+    if name:
+        return roles.get(name, "condition")
+    return "sample" if piece and not _WEIGHT.search(_source(node)) else "weights"
+
+
+_WEIGHT = re.compile(r"\b_(parameters|buffers)\[")
+_INPUT = re.compile(r"L\['inputs'\]\['(\w+)'\]")
