@@ -105,7 +105,10 @@ def _release(function: types.FunctionType) -> None:
     Nobody runs the function any more: whoever calls it holds its entry.
     """
     torch._dynamo.eval_frame.remove_from_cache(function)
-    function.__globals__.clear()
+    for name in list(function.__globals__):
+        # PyTorch takes this one out itself when it goes.
+        if not name.startswith("__builtins_dict"):
+            del function.__globals__[name]
 
 
 def first_line(error: Exception) -> str:

@@ -337,25 +337,6 @@ def test_graphs_are_freed_when_shapes_change_and_models_are_compiled_again():
     assert not any(r() is not None for r in runners)
 
 
-class Breaking(Small):
-    """What PyTorch's front end cannot capture."""
-
-    def forward(self, sample: Tensor, timestep: Tensor, scale: Tensor | None = None) -> Tensor:
-        torch._dynamo.graph_break()
-        return super().forward(sample, timestep, scale)
-
-
-def test_what_cannot_be_captured_runs_as_it_is_and_says_so():
-    model = compiler.compile(Breaking().eval())
-    values = torch.randn(2, 4, 8, 8), torch.tensor([3, 4])
-    with torch.no_grad():
-        for _ in range(2):
-            assert torch.equal(model(*values), model._call_impl(*values))
-    ((reason, count),) = compiler.report(model).eager.items()
-    assert reason.startswith("it cannot be captured")
-    assert count == 2
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_digests_tell_any_change(dtype):
     from fastdiff.compiler.fingerprint import BLOCK, digest
