@@ -191,7 +191,8 @@ class Runner:
         found = digest(weights)
         if found != self._digest:
             if self._digest is not None:
-                self.clear()
+                for kept in self.kept:
+                    kept.clear()
             self._digest = found
 
     def clear(self) -> None:
