@@ -15,6 +15,10 @@ from fastdiff.solvers import get_schedule, make_grid, make_table
 ROOT = Path(__file__).resolve().parent.parent
 
 
+TINY = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}  # fmt: skip
+
+
 def blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
@@ -36,9 +40,9 @@ def test_readme_example_runs():
     torch.testing.assert_close(names["x"][2:3], one, rtol=0, atol=1e-4)
 
 
-def test_readmes_other_examples_run():
+def test_readmes_other_examples_run(capsys):
     diffusers = pytest.importorskip("diffusers")
-    _, own_model, denoiser, guided, pipeline = blocks("README.md")
+    _, own_model, denoiser, guided, pipeline, compiling = blocks("README.md")
     names: dict = {}
     exec(compile(own_model, "README.md", "exec"), names)
     assert names["latents"].shape == (2, 4, 64, 64)
@@ -56,6 +60,11 @@ def test_readmes_other_examples_run():
     assert isinstance(pipe.scheduler, diffusers.DPMSolverMultistepScheduler)
     assert pipe.scheduler.config.beta_schedule == "scaled_linear"
     assert type(pipe.scheduler).__module__.startswith("fastdiff")
+    pipe = diffusers.DDPMPipeline(
+        diffusers.UNet2DModel(**TINY), diffusers.DDPMScheduler(clip_sample=False)
+    )
+    exec(compile(compiling, "README.md", "exec"), {"pipe": pipe, "fastdiff": fastdiff})
+    assert "scheduler: swapped" in capsys.readouterr().out
 
 
 def test_contributing_solver_is_the_sde_form_of_ddpm():
