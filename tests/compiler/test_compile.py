@@ -148,6 +148,25 @@ def test_new_shapes_capture_new_graphs_within_a_bound():
     assert [graph.shapes["sample"][-1] for graph in report.graphs] == [8, 16]
 
 
+@pytest.mark.parametrize("name", ["unet", "flux"])
+def test_flops_are_those_of_the_models_own_calls(name):
+    """Those inside the ops by their contracts."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, inputs = made(name)
+    # As plain products: the counter does not know the CPU's flash attention.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
+        model(**inputs(0))
+    compiler.compile(model)
+    with torch.no_grad():
+        model(**inputs(0))
+    (graph,) = compiler.report(model).graphs
+    total = sum(program["flops"] for program in graph.programs.values())
+    assert total == counter.get_total_flops()
+
+
 def test_twenty_shapes_are_all_captured():
     """More than PyTorch recompiles one function for."""
     model = Small().eval()
