@@ -16,13 +16,14 @@ from torch import fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from fastdiff.compiler.functional import functionalise, repair
-from fastdiff.compiler.graph import is_tensor, name_of
+from fastdiff.compiler.graph import is_tensor, name_of, value_of
 from fastdiff.compiler.inductor import compile_program
 from fastdiff.compiler.passes import passes_for
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
 from fastdiff.compiler.split import Program, split
 from fastdiff.compiler.tidy import tidy
+from fastdiff.compiler.waterfall import calls_of
 
 if TYPE_CHECKING:
     from fastdiff.compiler.compiled import Compiled
@@ -141,6 +142,11 @@ class Graph:
                 # flex_attention: needs a compiler of its own.
                 raise NotImplementedError(f"{name_of(node)} is a higher-order operator")
         self._before = len(graph.nodes)
+        self._half = any(
+            value_of(node).dtype in (torch.float16, torch.bfloat16)
+            for node in graph.nodes
+            if is_tensor(node) and node.op == "placeholder"
+        )
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         names = tuple(node.name for node in placeholders)
         roles = {node.name: _role(node, owner.roles, bool(why_piece)) for node in placeholders}
@@ -153,16 +159,21 @@ class Graph:
         self.why_whole = functionalise(graph)
         module.recompile()
         self.fused: dict[str, int] = {}
+        self._calls = {"captured": calls_of(graph.nodes)}
         if self.why_whole:
             body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
             programs = [Program("step", module, names, (), len(body))]
         else:
             tidy(graph)
+            self._calls["tidied"] = calls_of(graph.nodes)
             for name, fuse in passes_for(options).items():
                 self.fused[name] = fuse(graph)
                 graph.eliminate_dead_code()
+                if self.fused[name]:
+                    self._calls[name] = calls_of(graph.nodes)
             graph.lint()
             programs = split(module, roles)
+            self._calls["hoisted"] = calls_of(programs[-1].module.graph.nodes)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
         self._why_unfused = Counter(
@@ -189,12 +200,17 @@ class Graph:
             {name: self._unfused[name] for name in LEFT},
             self._before,
             self._after,
-            {p.name: {"nodes": p.nodes, "flops": fake_flops(p)} for p in self.runner.programs},
+            {
+                p.name: {"nodes": p.nodes, "flops": fake_flops(p), "bytes": p.nbytes()}
+                for p in self.runner.programs
+            },
             self._seconds,
             self.why_whole,
             {name: g.facts() for name, g in self.runner.graphed.items()},
             self._why_piece,
             dict(self._why_unfused),
+            dict(self._calls),
+            self._half,
         )
 
 

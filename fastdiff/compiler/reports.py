@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fastdiff.compiler.waterfall import svg
+from fastdiff.hardware import GPUS, roofline
+
 # What a pass is called in the report, and what it counts.
 LEFT = (
     *("group_norm", "layer_norm", "rms_norm", "rsqrt", "scaled_dot_product_attention", "softmax"),
@@ -18,7 +21,9 @@ class GraphReport:
 
     shapes: of the inputs. fused: places changed, by op. unfused: calls of PyTorch functions that
     a fusion looks for and that are still there. why_unfused: "call: reason" -> how many of them.
-    programs: name -> {"nodes", "flops"}. seconds: from the call to the captured graph. why_whole:
+    programs: name -> {"nodes", "flops", "bytes"} (of what it reads and gives, once). half: whether
+    products are of half precision. calls: stage of compiling -> calls that launch something, an
+    estimate. seconds: from the call to the captured graph. why_whole:
     why it was left as it was, or "". why_piece: why it is not the whole model, or "".
     cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
     """
@@ -34,12 +39,28 @@ class GraphReport:
     cuda_graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     why_piece: str = ""
     why_unfused: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    half: bool = False
 
     @property
     def hoisted(self) -> float:
         """The share of the FLOPs that steps do not repeat."""
         total = sum(program["flops"] for program in self.programs.values())
         return 1 - self.programs["step"]["flops"] / total if total else 0.0
+
+    def limits(self) -> dict[str, float]:
+        """Milliseconds that a step takes at least, by GPU: its products at the published rate, or
+        its inputs and outputs at the published bandwidth, whichever is more."""
+        step = self.programs["step"]
+        rate = "half" if self.half else "tf32"
+        return {
+            gpu.name: 1e3 * roofline(gpu, step["bytes"], step["flops"], rate).seconds
+            for gpu in GPUS
+        }
+
+    def svg(self, title: str = "calls of a step") -> str:
+        """A picture of how the calls of a step become fewer, as SVG."""
+        return svg(title, self.calls)
 
 
 @dataclass
@@ -84,6 +105,12 @@ class Report:
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
             for name, facts in graph.cuda_graphs.items():
                 lines.append(f"  CUDA graph of {name}: {_cuda_graph(facts)}")
+            stages = list(graph.calls.items())
+            if stages:
+                (_, first), (_, last) = stages[0], stages[-1]
+                lines.append(f"  calls of a step that launch something: {first} before, {last} now")
+            limits = ", ".join(f"{name} {ms:.3g} ms" for name, ms in graph.limits().items())
+            lines.append(f"  a step takes at least: {limits}")
             lines.append(f"  {graph.hoisted:.1%} of the FLOPs are not repeated in every step")
         for reason, count in self.eager.items():
             lines.append(f"ran as it is {count} times: {reason}")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastdiff.compiler.graph import is_tensor
+from fastdiff.compiler.graph import is_tensor, value_of
 from fastdiff.compiler.packing import stacked
 
 ROLES = ("weights", "condition", "time", "sample")
@@ -54,6 +54,14 @@ class Program:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: int
+
+    def nbytes(self) -> int:
+        """Bytes of all inputs and results, each once."""
+        graph = self.module.graph
+        ends = [node for node in graph.nodes if node.op == "placeholder"]
+        ends += next(node for node in graph.nodes if node.op == "output").all_input_nodes
+        found = {node: value_of(node) for node in ends if is_tensor(node)}
+        return sum(value.numel() * value.element_size() for value in found.values())
 
 
 def dependencies(graph: fx.Graph, roles: dict[str, str]) -> dict[fx.Node, frozenset[str]]:

@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -392,6 +393,21 @@ def test_report_says_what_was_done():
     assert "36 layer_norm: nothing follows, and it is small" in text
     assert sum(graph.why_unfused.values()) == graph.unfused["layer_norm"] == 36
     assert "sample [2, 4, 16, 16]" in text
+    stages = list(graph.calls)
+    assert stages[:2] == ["captured", "tidied"]
+    assert stages[-1] == "hoisted"
+    assert graph.calls["captured"] > 1.5 * graph.calls["hoisted"] > 0
+    assert list(graph.calls.values()) == sorted(graph.calls.values(), reverse=True)
+    assert f"{graph.calls['captured']} before, {graph.calls['hoisted']} now" in text
+    step = graph.programs["step"]
+    assert graph.limits()["H200 SXM"] == pytest.approx(
+        1e3 * max(step["bytes"] / 4.8e12, step["flops"] / 494.5e12)
+    )
+    picture = ElementTree.fromstring(graph.svg("a & b"))
+    words = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert words[0] == "a & b"
+    assert words[1::2] == stages
+    assert list(map(int, words[2::2])) == list(graph.calls.values())
     data = report.to_dict()
     assert data["graphs"][0]["fused"] == graph.fused
 
