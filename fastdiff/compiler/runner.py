@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ KEPT = {"weights": 1, "prompt": 4, "schedule": 256, "both": 256}
 REPEATED = ("schedule", "both", "step")
 # Times are compared by value up to this many elements where reading them costs nothing.
 SMALL = 64
+# Ops whose FLOPs count.
+PRODUCTS = ("attention", "adaln_attention", "linear_gate", "linear_quantized", "timestep_mlp")
 
 
 class Kept:
@@ -86,7 +88,13 @@ class Kept:
         """Bytes of the kept results."""
         with self._lock:
             kept = torch.utils._pytree.tree_leaves([entry[0] for entry in self._entries.values()])
-        return sum(r.numel() * r.element_size() for r in kept if isinstance(r, Tensor))
+        return sum(_bytes(r) for r in kept if isinstance(r, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    if tensor.is_mkldnn:  # in blocks, the last of which may be padded
+        return int(torch.ops.mkldnn._nbytes(tensor))
+    return tensor.numel() * tensor.element_size()
 
 
 def _weight_key(tensor: Tensor) -> tuple[Any, Any]:
@@ -137,6 +145,7 @@ class Runner:
         made: dict[str, set[str]] = {}  # the placeholders each program's results come from
         self.kept: list[Kept] = []
         self.graphed: dict[str, Graphed] = {}
+        constant: set[str] = set()
         for program in programs:
             sources: set[str] = set()
             for name in program.inputs:
@@ -145,7 +154,9 @@ class Runner:
                 made.setdefault(name, sources)
             run = program.module if build is None else build(program)
             if pool is not None and program.name in REPEATED:
-                run = self.graphed[program.name] = _graphed(program, run, roles, pool)
+                run = self.graphed[program.name] = _graphed(program, run, roles, pool, constant)
+            if program.name == "weights":
+                constant = _tensors(program)
             if program.name != "step":
                 ordered = [name for name in placeholders if name in sources]
                 weights = [name for name in ordered if roles[name] == "weights"]
@@ -203,11 +214,27 @@ class Runner:
 
 
 def _graphed(
-    program: Program, run: Callable[..., Any], roles: dict[str, str], pool: Pool
+    program: Program,
+    run: Callable[..., Any],
+    roles: dict[str, str],
+    pool: Pool,
+    constant: Collection[str],
 ) -> Graphed:
-    fixed = [i for i, name in enumerate(program.inputs) if roles.get(name) == "weights"]
+    """constant: what hardly ever changes besides the weights: tensors made of them alone."""
+    fixed = [
+        i
+        for i, name in enumerate(program.inputs)
+        if roles.get(name) == "weights" or name in constant
+    ]
     random = any(is_random(node) for node in program.module.graph.nodes)
     return Graphed(run, fixed, pool, "it draws random numbers" if random else "")
+
+
+def _tensors(program: Program) -> set[str]:
+    """The names of those of a program's results that are tensors."""
+    (output,) = (node for node in program.module.graph.nodes if node.op == "output")
+    results = zip(program.outputs, output.args[0], strict=True)
+    return {name for name, node in results if isinstance(value_of(node), Tensor)}
 
 
 def fake_flops(program: Program) -> int:
@@ -228,6 +255,26 @@ def fake_flops(program: Program) -> int:
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     if mode is None:
         return 0
-    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with (
+        mode,
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping=_formulas()) as counter,
+    ):
         program.module(*values)
     return int(counter.get_total_flops())
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """The FLOPs of fastdiff's ops that hold products; PyTorch counts nothing else either."""
+    from fastdiff.ops import OPS
+
+    def formula(op: Any) -> Callable[..., int]:
+        def flops(*args: Any, out_val: Any = None, impl: str = "auto", **kwargs: Any) -> int:
+            names = [argument.name for argument in schema.arguments]
+            return int(op.flops(**{**dict(zip(names, args, strict=False)), **kwargs}))
+
+        schema = getattr(torch.ops.fastdiff, op.name).default._schema
+        flops._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
+        return flops
+
+    return {getattr(torch.ops.fastdiff, op.name): formula(op) for op in OPS if op.name in PRODUCTS}
