@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fastdiff.compiler.compiled import Compiled
 from fastdiff.compiler.cuda_graphs import MAX_BYTES
 from fastdiff.compiler.options import Options
+from fastdiff.compiler.passes.quantize import check
 
 Model = TypeVar("Model")
 
@@ -24,6 +26,9 @@ def compile(
     max_graphs: int = 8,
     cuda_graphs: bool = True,
     max_graph_bytes: int = MAX_BYTES,
+    quantize: str | None = None,
+    skip: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
     components: Iterable[str] | None = None,
 ) -> Model:
     """The same model, whose calls run fused and without repeating what a step does not change.
@@ -50,12 +55,28 @@ def compile(
         results have memory of their own.
     max_graph_bytes: what the CUDA graphs of the model may take together; the least recently used
         are recorded again when they are needed.
+    quantize: "int8" (weights of one byte) or "fp8" (inputs too; sm_89 or newer): linear layers in
+        blocks run through ``linear_quantized``. The weights stay as they are, too, and are watched:
+        this saves reading them, not memory. Embeddings, first and last layers, layers with less
+        than 64 features, and what no step repeats stay; on CUDA so does what the kernel cannot run
+        (float32). On a CPU "int8" runs in plain PyTorch, slower than the layers. The report has
+        the error of each layer. Calls with gradients run the model's own layers.
+    skip: names of modules that are not quantised, with all that is in them, or patterns (``*``).
+    dtype: bfloat16, float16 or float32: the model is cast in place, but for what a model of
+        diffusers keeps in float32; :func:`uncompile` does not undo it. Inputs in the dtype that
+        it had are cast on the way in (not times, and not what is called ``...ids``), and results
+        back to the dtype of the sample. Of a pipeline, neither this nor ``quantize`` concerns the
+        autoencoder.
     components: of a pipeline, the names of those to change; None: all of the above.
 
     Raises TypeError for something else than a module or a pipeline, ValueError for bad options.
     ``report(model)`` says what was done.
     """
-    options = Options(mode, freeze, max_graphs, cuda_graphs, max_graph_bytes)
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a list of names or patterns, got {skip!r}")
+    options = Options(
+        mode, freeze, max_graphs, cuda_graphs, max_graph_bytes, quantize, tuple(skip), dtype
+    )
     if is_pipeline(model):
         from fastdiff.integrations.diffusers import pipeline
 
@@ -70,6 +91,7 @@ def compile(
         )
     if components is not None:
         raise ValueError(f"components must be None for a module, got {components}")
+    check((model,), options)
     install(model, options, roles)
     return model
 
@@ -83,7 +105,10 @@ def install(model: nn.Module, options: Options, roles: Mapping[str, str] | None 
 
 
 def uncompile(model: Model) -> Model:
-    """Undoes :func:`compile`; the model's own code, and a pipeline's own scheduler, run again."""
+    """Undoes :func:`compile`; the model's own code, and a pipeline's own scheduler, run again.
+
+    A model that ``dtype`` cast keeps the new precision.
+    """
     if is_pipeline(model):
         from fastdiff.integrations.diffusers import pipeline
 

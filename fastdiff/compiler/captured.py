@@ -19,6 +19,7 @@ from fastdiff.compiler.functional import functionalise, repair
 from fastdiff.compiler.graph import is_tensor, name_of, value_of
 from fastdiff.compiler.inductor import compile_program
 from fastdiff.compiler.passes import passes_for
+from fastdiff.compiler.passes.quantize import Quantize
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
 from fastdiff.compiler.split import Program, split
@@ -27,6 +28,7 @@ from fastdiff.compiler.waterfall import calls_of
 
 if TYPE_CHECKING:
     from fastdiff.compiler.compiled import Compiled
+    from fastdiff.compiler.precision import Cast
 
 
 class Entry:
@@ -68,21 +70,21 @@ class Entry:
         compiled = partial(torch.compile, own, backend=backend, dynamic=False)
         self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def __call__(self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
         if not self.runners:
             self._started = time.perf_counter()
         if not self.why_pieces:
             try:
-                return self._whole(model, inputs)
+                return self._whole(model, inputs, cast)
             except FailOnRecompileLimitHit:
                 self._begin()
-                return self._whole(model, inputs)
+                return self._whole(model, inputs, cast)
             except TorchDynamoException as error:
                 # In pieces, with the model's own Python between them; what the model raises itself
                 # comes out of that too.
                 self.why_pieces = first_line(error)
                 self._begin()
-        return self._pieces(model, inputs)
+        return self._pieces(model, inputs, cast)
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
         owner = self._owner()
@@ -119,7 +121,9 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def _call(model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
+    if cast is not None:
+        inputs = cast.inputs(inputs)
     return model._call_impl(**inputs)
 
 
@@ -160,17 +164,22 @@ class Graph:
         module.recompile()
         self.fused: dict[str, int] = {}
         self._calls = {"captured": calls_of(graph.nodes)}
+        self.quantized: list[str] = []
+        self.unquantized: dict[str, str] = {}
         if self.why_whole:
             body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
             programs = [Program("step", module, names, (), len(body))]
         else:
             tidy(graph)
             self._calls["tidied"] = calls_of(graph.nodes)
-            for name, fuse in passes_for(options).items():
+            quantize = Quantize(owner.model, options, roles) if options.quantize else None
+            for name, fuse in passes_for(options, quantize).items():
                 self.fused[name] = fuse(graph)
                 graph.eliminate_dead_code()
                 if self.fused[name]:
                     self._calls[name] = calls_of(graph.nodes)
+            if quantize is not None:
+                self.quantized, self.unquantized = quantize.done, quantize.left
             graph.lint()
             programs = split(module, roles)
             self._calls["hoisted"] = calls_of(programs[-1].module.graph.nodes)

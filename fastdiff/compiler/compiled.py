@@ -17,6 +17,8 @@ from fastdiff.compiler.captured import Entry, first_line
 from fastdiff.compiler.cuda_graphs import Pool
 from fastdiff.compiler.lora import Scales, take_scale
 from fastdiff.compiler.options import Options
+from fastdiff.compiler.passes.quantize import errors
+from fastdiff.compiler.precision import Cast, cast
 from fastdiff.compiler.reports import Report
 
 # Names that arguments of public denoisers have.
@@ -82,7 +84,13 @@ class Compiled:
         self.signature = inspect.signature(model.forward)
         self.roles = roles_of(model, roles)
         self.options = options
-        self.pool = Pool(max_bytes=options.max_graph_bytes) if options.cuda_graphs else None
+        before = getattr(model, "_compiled_call_impl", None)
+        known = before.cast if isinstance(before, Compiled) else None
+        self.cast: Cast | None = cast(model, options.dtype, self.roles, known)
+        self._errors: dict[str, tuple[Any, dict[str, float]]] = {}
+        self.pool: Pool | None = None
+        if options.cuda_graphs:
+            self.pool = Pool(max_bytes=options.max_graph_bytes)
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
         self._eager: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -97,13 +105,19 @@ class Compiled:
                 entry = self._entry(inputs)
                 try:
                     if not entry.why_eager:
-                        return entry(self.model, inputs)
+                        result = entry(self.model, inputs, self.cast)
+                        return result if self.cast is None else self.cast.result(result, inputs)
                 except TorchDynamoException as error:
                     # Before anything has run: PyTorch's front end cannot capture this.
                     entry.why_eager = f"it cannot be captured: {first_line(error)}"
                 reason = entry.why_eager
         self._eager[reason] += 1
-        return self.model._call_impl(*args, **kwargs)
+        if self.cast is None:
+            return self.model._call_impl(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
+        given = dict(bound.arguments)
+        bound = self.cast.bound(bound)
+        return self.cast.result(self.model._call_impl(*bound.args, **bound.kwargs), given)
 
     @contextlib.contextmanager
     def _scaled(self, inputs: dict[str, Any]) -> Iterator[None]:
@@ -203,7 +217,26 @@ class Compiled:
             sum(k.hits for k in kept),
             sum(k.misses for k in kept),
             self._captures,
+            "" if self.cast is None else f"{self.cast.before} to {self.cast.after}",
+            self.options.quantize or "",
+            *self._quantized(entries),
         )
+
+    def _quantized(self, entries: list[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
+        """(layer -> its errors, the worst first; layer -> why it is not quantised)."""
+        graphs = [graph for entry in entries for graph in entry.graphs]
+        left = {name: why for graph in graphs for name, why in graph.unquantized.items()}
+        found: dict[str, dict[str, float]] = {}
+        for name in dict.fromkeys(name for graph in graphs for name in graph.quantized):
+            weight = self.model.get_parameter(f"{name}.weight")
+            key = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+            known, values = self._errors.get(name, (None, {}))
+            if known != key:
+                values = errors(weight, str(self.options.quantize))
+                self._errors[name] = key, values
+            found[name] = values
+            left.pop(name, None)
+        return dict(sorted(found.items(), key=lambda item: -item[1]["output"])), left
 
 
 def _device(inputs: dict[str, Any]) -> torch.device:

@@ -38,6 +38,13 @@ def calls(node: Any, *names: str) -> bool:
     return isinstance(node, fx.Node) and name_of(node) in names
 
 
+def parameter_of(node: Any) -> Any:
+    """The tensor that a placeholder stands for, while the graph is being captured; else None."""
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return None
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node's user when it has exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None

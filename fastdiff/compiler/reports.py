@@ -14,6 +14,8 @@ LEFT = (
     *("gelu", "silu"),
 )
 
+WORST = 10  # layers whose errors are printed
+
 
 @dataclass
 class GraphReport:
@@ -69,6 +71,9 @@ class Report:
 
     kept_bytes: of the results of the programs that steps do not repeat. hits, misses: of those.
     captures: how often a graph was captured, those no longer kept included.
+    cast: from what dtype to what, or "". quantize: "int8", "fp8" or "". quantized: layer ->
+    {"weight", "output"}, the relative errors in the Frobenius norm (see `passes.quantize.errors`),
+    the worst first; for the weights as they are now. unquantized: other layers -> why.
     """
 
     model: str
@@ -78,6 +83,10 @@ class Report:
     hits: int = 0
     misses: int = 0
     captures: int = 0
+    cast: str = ""
+    quantize: str = ""
+    quantized: dict[str, dict[str, float]] = field(default_factory=dict)
+    unquantized: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -85,6 +94,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.graphs)} graphs captured"]
+        if self.cast:
+            lines.append(f"cast from {self.cast}")
+        lines += self._layers()
         for i, graph in enumerate(self.graphs):
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in graph.shapes.items())
             lines.append(f"graph {i}: {shapes}")
@@ -119,6 +131,19 @@ class Report:
             f"computed {self.misses} times"
         )
         return "\n".join(lines)
+
+    def _layers(self) -> list[str]:
+        if not self.quantize:
+            return []
+        lines = [
+            f"{self.quantize}: {len(self.quantized)} layers, {len(self.unquantized)} stay; "
+            "relative errors of weight and output:"
+        ]
+        for name, error in list(self.quantized.items())[:WORST]:
+            lines.append(f"  {error['weight']:.2%} {error['output']:.2%} {name}")
+        if len(self.quantized) > WORST:
+            lines.append(f"  and {len(self.quantized) - WORST} with smaller ones")
+        return lines
 
 
 def _cuda_graph(facts: dict[str, Any]) -> str:

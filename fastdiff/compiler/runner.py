@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,13 @@ class Kept:
         """Bytes of the kept results."""
         with self._lock:
             kept = torch.utils._pytree.tree_leaves([entry[0] for entry in self._entries.values()])
-        return sum(r.numel() * r.element_size() for r in kept if isinstance(r, Tensor))
+        return sum(_bytes(r) for r in kept if isinstance(r, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    if tensor.is_mkldnn:  # in blocks, the last of which may be padded
+        return int(torch.ops.mkldnn._nbytes(tensor))
+    return tensor.numel() * tensor.element_size()
 
 
 def _weight_key(tensor: Tensor) -> tuple[Any, Any]:
@@ -140,6 +146,7 @@ class Runner:
         made: dict[str, set[str]] = {}  # the placeholders each program's results come from
         self.kept: list[Kept] = []
         self.graphed: dict[str, Graphed] = {}
+        constant: set[str] = set()
         for program in programs:
             sources: set[str] = set()
             for name in program.inputs:
@@ -148,7 +155,9 @@ class Runner:
                 made.setdefault(name, sources)
             run = program.module if build is None else build(program)
             if pool is not None and program.name in REPEATED:
-                run = self.graphed[program.name] = _graphed(program, run, roles, pool)
+                run = self.graphed[program.name] = _graphed(program, run, roles, pool, constant)
+            if program.name == "weights":
+                constant = _tensors(program)
             if program.name != "step":
                 ordered = [name for name in placeholders if name in sources]
                 weights = [name for name in ordered if roles[name] == "weights"]
@@ -207,11 +216,27 @@ class Runner:
 
 
 def _graphed(
-    program: Program, run: Callable[..., Any], roles: dict[str, str], pool: Pool
+    program: Program,
+    run: Callable[..., Any],
+    roles: dict[str, str],
+    pool: Pool,
+    constant: Collection[str],
 ) -> Graphed:
-    fixed = [i for i, name in enumerate(program.inputs) if roles.get(name) == "weights"]
+    """constant: what hardly ever changes besides the weights: tensors made of them alone."""
+    fixed = [
+        i
+        for i, name in enumerate(program.inputs)
+        if roles.get(name) == "weights" or name in constant
+    ]
     random = any(is_random(node) for node in program.module.graph.nodes)
     return Graphed(run, fixed, pool, "it draws random numbers" if random else "")
+
+
+def _tensors(program: Program) -> set[str]:
+    """The names of those of a program's results that are tensors."""
+    (output,) = (node for node in program.module.graph.nodes if node.op == "output")
+    results = zip(program.outputs, output.args[0], strict=True)
+    return {name for name, node in results if isinstance(value_of(node), Tensor)}
 
 
 def fake_flops(program: Program) -> int:

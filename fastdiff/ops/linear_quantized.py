@@ -27,6 +27,14 @@ def _scales(rows: Tensor, kind: str) -> Tensor:
     return torch.where(largest == 0, torch.ones_like(largest), scale)
 
 
+def quantized(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(weight_q [N, K], scale [N]) of `quantize_weight`, which checks first."""
+    wide = weight.detach().float()
+    scale = _scales(wide, kind).clamp(min=torch.finfo(torch.float32).tiny)
+    weight_q = wide / scale
+    return (weight_q.round().to(torch.int8) if kind == "int8" else weight_q.to(FP8)), scale[:, 0]
+
+
 def quantize_weight(weight: Tensor, kind: str = "int8") -> tuple[Tensor, Tensor, float]:
     """(weight_q, scale, error) of a linear layer's weight, for `linear_quantized`.
 
@@ -45,12 +53,10 @@ def quantize_weight(weight: Tensor, kind: str = "int8") -> tuple[Tensor, Tensor,
     wide = weight.detach().float()
     if not bool(wide.isfinite().all()):
         raise ValueError("weight must be finite, got inf or NaN")
-    scale = _scales(wide, kind).clamp(min=torch.finfo(torch.float32).tiny)
-    weight_q = wide / scale
-    weight_q = weight_q.round().to(torch.int8) if kind == "int8" else weight_q.to(FP8)
+    weight_q, scale = quantized(weight, kind)
     norm = float(wide.double().norm())
-    lost = float((wide.double() - weight_q.double() * scale.double()).norm())
-    return weight_q, scale[:, 0], lost / norm if norm else 0.0
+    lost = float((wide.double() - weight_q.double() * scale[:, None].double()).norm())
+    return weight_q, scale, lost / norm if norm else 0.0
 
 
 def reference(x: Tensor, weight_q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -41,13 +41,20 @@ PASSES: dict[str, Callable[[fx.Graph], int]] = {
 }
 
 
-def passes_for(options: Options) -> dict[str, Callable[[fx.Graph], int]]:
-    """Those that these options ask for."""
+def passes_for(
+    options: Options, quantize: Callable[[fx.Graph], int] | None = None
+) -> dict[str, Callable[[fx.Graph], int]]:
+    """Those that these options ask for, and the one that knows the model's layers, if any."""
     # These two look at real memory, which Inductor does not show; it has its own ways for both.
     left = {"qkv", "prepack"} if options.mode == "max" else set()
     if not options.freeze:
         left.add("prepack")
-    return {name: fuse for name, fuse in PASSES.items() if name not in left}
+    passes = {name: fuse for name, fuse in PASSES.items() if name not in left}
+    if quantize is not None:
+        # After the merged projections; what it leaves may be packed.
+        last = {"prepack": passes.pop("prepack")} if "prepack" in passes else {}
+        passes |= {"quantize": quantize, **last}
+    return passes
 
 
 __all__ = ["PASSES", "passes_for"]

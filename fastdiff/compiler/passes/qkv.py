@@ -9,7 +9,16 @@ import torch
 from torch import fx
 
 from fastdiff.compiler import packing
-from fastdiff.compiler.graph import argument, calls, insert, is_tensor, leave, settle, value_of
+from fastdiff.compiler.graph import (
+    argument,
+    calls,
+    insert,
+    is_tensor,
+    leave,
+    parameter_of,
+    settle,
+    value_of,
+)
 from fastdiff.compiler.orders import RESHAPES, order_of
 
 _VIEWS = (*RESHAPES, "unsqueeze", "contiguous")
@@ -61,7 +70,7 @@ def _merge(layers: list[fx.Node]) -> str:
     if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
         return "some have a bias, some do not"
     packed = [weights] if biases[0] is None else [weights, biases]
-    real = [[_parameter(node) for node in nodes] for nodes in packed]
+    real = [[parameter_of(node) for node in nodes] for nodes in packed]
     if any(tensor is None for tensors in real for tensor in tensors):
         return "a weight is computed"
     for tensors in real:
@@ -86,10 +95,3 @@ def _merge(layers: list[fx.Node]) -> str:
     for tensors in real:
         packing.pack(tensors)
     return ""
-
-
-def _parameter(node: Any) -> Any:
-    """The tensor that a placeholder stands for, while the graph is being captured."""
-    if not isinstance(node, fx.Node) or node.op != "placeholder":
-        return None
-    return getattr(node.meta.get("grapharg"), "example", None)

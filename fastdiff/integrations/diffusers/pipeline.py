@@ -6,7 +6,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -15,6 +15,7 @@ from torch import nn
 from fastdiff.compiler import api
 from fastdiff.compiler.compiled import SAMPLE_NAMES, TIME_NAMES
 from fastdiff.compiler.options import Options
+from fastdiff.compiler.passes.quantize import check
 from fastdiff.compiler.reports import Report
 from fastdiff.integrations import diffusers as adapters
 from fastdiff.integrations.diffusers.base import TableStep
@@ -68,17 +69,25 @@ def compile_pipeline(pipe: Any, options: Options, components: Iterable[str] | No
         raise ValueError(
             f"components must name parts of the pipeline ({', '.join(present)}), got {name!r}"
         )
+    work: list[tuple[nn.Module, Options]] = []
+    # The autoencoder's halves share dtype and numbers with layers that stay outside.
+    plain = replace(options, quantize=None, skip=(), dtype=None)
     for name, component in present.items():
         if chosen is not None and name not in chosen:
             continue
         found, _ = parts(name, component)
         if chosen is not None and not found and isinstance(component, nn.Module):
             found = {name: component}  # by the user's word
-        for part in found.values():
-            # Pipelines share components.
-            made = api.compiled(part) or api.install(part, options)
-            if made.token is None:
-                made.token = _run_of(pipe)
+        denoiser = not hasattr(component, "decoder")
+        work += [(part, options if denoiser else plain) for part in found.values()]
+    check([part for part, asked in work if asked is options], options)
+    for part, asked in work:
+        # Pipelines share components.
+        made = api.compiled(part)
+        if made is None or made.options != asked:
+            made = api.install(part, asked)
+        if made.token is None:
+            made.token = _run_of(pipe)
     scheduler = present.get("scheduler")
     if scheduler is not None and (chosen is None or "scheduler" in chosen):
         adapter, _ = adapter_of(scheduler)
