@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import re
 import time
 import types
@@ -151,6 +152,11 @@ class Graph:
             for node in graph.nodes
             if is_tensor(node) and node.op == "placeholder"
         )
+        # The fake values below are those of a call under it.
+        devices = ("cpu", "cuda")
+        self._autocast = [
+            (d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)
+        ]
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         names = tuple(node.name for node in placeholders)
         roles = {node.name: _role(node, owner.roles, bool(why_piece)) for node in placeholders}
@@ -203,6 +209,10 @@ class Graph:
 
     def finished(self) -> GraphReport:
         """The report of this graph."""
+        with contextlib.ExitStack() as stack:
+            for device, dtype in self._autocast:
+                stack.enter_context(torch.autocast(device, dtype))
+            flops = {program.name: fake_flops(program) for program in self.runner.programs}
         return GraphReport(
             self._shapes,
             dict(self.fused),
@@ -210,7 +220,7 @@ class Graph:
             self._before,
             self._after,
             {
-                p.name: {"nodes": p.nodes, "flops": fake_flops(p), "bytes": p.nbytes()}
+                p.name: {"nodes": p.nodes, "flops": flops[p.name], "bytes": p.nbytes()}
                 for p in self.runner.programs
             },
             self._seconds,

@@ -156,7 +156,9 @@ class Quantize:
 
 def errors(weight: Tensor, kind: str) -> dict[str, float]:
     """The relative errors of a layer in the Frobenius norm: of its weight, and of its output (less
-    the bias) for standard-normal input of a fixed seed."""
+    the bias) for standard-normal input of a fixed seed; infinite where the weight is not finite."""
+    if not bool(weight.isfinite().all()):
+        return {"weight": float("inf"), "output": float("inf")}
     weight_q, scale, lost = quantize_weight(weight, kind)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, weight.shape[1], generator=generator, dtype=torch.float64)
