@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import re
 import time
 import types
@@ -135,6 +136,11 @@ class Graph:
     ) -> None:
         graph, options = module.graph, owner.options
         self._why_piece = why_piece
+        self._autocast = {
+            device: torch.get_autocast_dtype(device)
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device)
+        }
         started = time.perf_counter()
         for node in graph.nodes:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -183,13 +189,17 @@ class Graph:
 
     def finished(self) -> GraphReport:
         """The report of this graph."""
+        with contextlib.ExitStack() as stack:
+            for device, dtype in self._autocast.items():
+                stack.enter_context(torch.autocast(device, dtype))
+            flops = {p.name: fake_flops(p) for p in self.runner.programs}
         return GraphReport(
             self._shapes,
             dict(self.fused),
             {name: self._unfused[name] for name in LEFT},
             self._before,
             self._after,
-            {p.name: {"nodes": p.nodes, "flops": fake_flops(p)} for p in self.runner.programs},
+            {p.name: {"nodes": p.nodes, "flops": flops[p.name]} for p in self.runner.programs},
             self._seconds,
             self.why_whole,
             {name: g.facts() for name, g in self.runner.graphed.items()},
