@@ -141,6 +141,11 @@ class Graph:
     ) -> None:
         graph, options = module.graph, owner.options
         self._why_piece = why_piece
+        self._autocast = {
+            device: torch.get_autocast_dtype(device)
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device)
+        }
         started = time.perf_counter()
         for node in graph.nodes:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -152,11 +157,6 @@ class Graph:
             for node in graph.nodes
             if is_tensor(node) and node.op == "placeholder"
         )
-        # The fake values below are those of a call under it.
-        devices = ("cpu", "cuda")
-        self._autocast = [
-            (d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)
-        ]
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         names = tuple(node.name for node in placeholders)
         roles = {node.name: _role(node, owner.roles, bool(why_piece)) for node in placeholders}
@@ -210,7 +210,7 @@ class Graph:
     def finished(self) -> GraphReport:
         """The report of this graph."""
         with contextlib.ExitStack() as stack:
-            for device, dtype in self._autocast:
+            for device, dtype in self._autocast.items():
                 stack.enter_context(torch.autocast(device, dtype))
             flops = {program.name: fake_flops(program) for program in self.runner.programs}
         return GraphReport(

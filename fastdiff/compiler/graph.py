@@ -6,6 +6,7 @@ Every node that is a tensor has a fake one in ``node.meta["example_value"]``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -65,6 +66,9 @@ def insert(
     What the target raises on fake tensors comes through, and leaves the graph as it was.
     """
     values = fx.node.map_arg((args, kwargs), value_of)
+    check = _checks().get(target)
+    if check is not None:  # of what fails inside, PyTorch would print a traceback
+        check(*values[0], **values[1])
     mode = _mode(values)
     assert mode is not None  # every graph has fake tensors
     call = getattr(torch.Tensor, target) if isinstance(target, str) else target
@@ -77,6 +81,13 @@ def insert(
             node = graph.call_function(target, args, kwargs)
     node.meta["example_value"] = result
     return node
+
+
+@functools.cache
+def _checks() -> dict[Any, Callable[..., None]]:
+    from fastdiff.ops import OPS
+
+    return {getattr(torch.ops.fastdiff, op.name).default: op.check for op in OPS}
 
 
 def _mode(values: Any) -> Any:

@@ -141,6 +141,8 @@ class Op:
     tuning: how its launches are tuned on the user's GPU, or None when there is nothing to choose.
     numerics: the numerical contract. "bounded": the error against float64 is at most twice that of
         the reference in the same dtype, plus rounding. "exact": the reference's bits.
+    fake: empty results with the shapes, strides and dtypes of the reference's; None: the reference
+        gives them, which takes milliseconds where it is long. Capturing a model asks for many.
     """
 
     name: str
@@ -158,6 +160,7 @@ class Op:
     numerics: str = "bounded"
     prefer: Callable[..., str] | None = None
     tuning: Tuning | None = None
+    fake: Callable[..., Result] | None = None
 
     def implementation_names(self) -> tuple[str, ...]:
         """Every value ``impl`` takes besides "auto"."""
@@ -242,7 +245,7 @@ def register(op: Op) -> Op:
     def fake(*args: Any, **kwargs: Any) -> Result:
         _, args = split(args, kwargs)
         op.check(*args, **kwargs)
-        return op.reference(*args, **kwargs)
+        return (op.fake or op.reference)(*args, **kwargs)
 
     # The schema has no keyword-only arguments (torch.library gives those no gradient), so `inputs`
     # holds all of them, `impl` last.

@@ -174,6 +174,17 @@ def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return call.parted(out.to(call.q.dtype), lse)
 
 
+def fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors as the reference's results."""
+    call = Arguments(*args, **kwargs)
+    q, lse = call.q, (call.q.shape[0], call.q.shape[2], call.queries)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((0,) if call.extra_q is None else call.extra_q.shape),
+        q.new_empty(lse if call.return_lse else (0,), dtype=_wide(q)),
+    )
+
+
 def _ready_as_written(
     x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, norm: str, eps: float
 ) -> Tensor:
@@ -519,6 +530,7 @@ OP = register(
         reference=reference,
         pattern=pattern,
         check=check,
+        fake=fake,
         implementations=(
             Implementation("triton", _triton_supports, _triton),
             Implementation("sdpa", _sdpa_supports, _sdpa),

@@ -48,6 +48,14 @@ def widened(node: Any) -> Any:
     return node
 
 
+def wider(graph: fx.Graph, before: fx.Node, node: fx.Node | None, dtype: torch.dtype) -> Any:
+    """A tensor in a dtype that has all its numbers, as autocast mixes them; else as it is."""
+    mine = dtype_of(node)
+    if mine in (None, dtype) or torch.promote_types(mine, dtype) != dtype:  # type: ignore[arg-type]
+        return node
+    return insert(graph, before, "to", node, dtype)
+
+
 def dtype_of(node: Any) -> torch.dtype | None:
     """The dtype of a tensor in the graph."""
     return value_of(node).dtype if is_tensor(node) else None

@@ -19,7 +19,7 @@ from fastdiff.compiler.graph import (
     value_of,
 )
 from fastdiff.compiler.orders import RESHAPES, order_of, untwist
-from fastdiff.compiler.passes.products import Product, key_mask, products
+from fastdiff.compiler.passes.products import Operand, Product, key_mask, products
 from fastdiff.compiler.passes.segments import Side, sides
 from fastdiff.compiler.tidy import tidy
 
@@ -117,6 +117,8 @@ def _called(
             norm = found[i].norm
             if norm is not None:
                 given[f"{prefix}{name}_weight"] = norm.weight
+    for side in (*q, *k, *v):
+        _autocast(graph, before, side)
     main = [found[0].operand.spread(graph, before) for found in (q, k, v)]
     op = torch.ops.fastdiff.attention.default
     call = insert(graph, before, op, *main, **{n: x for n, x in given.items() if x is not None})
@@ -130,6 +132,16 @@ def _called(
         new += [joined] * len(slices)
         old += slices
     return new, old
+
+
+def _autocast(graph: fx.Graph, before: fx.Node, side: Side) -> None:
+    """Casts an operand as autocast does in front of a product."""
+    node, dtype = side.operand.node, value_of(before).dtype
+    device = value_of(node).device.type
+    if value_of(node).dtype == dtype or side.norm is not None or side.tables is not None:
+        return
+    if torch.is_autocast_enabled(device) and dtype == torch.get_autocast_dtype(device):
+        side.operand = Operand(insert(graph, before, "to", node, dtype), side.operand.order)
 
 
 def _agree(q: list[Side], k: list[Side]) -> bool:

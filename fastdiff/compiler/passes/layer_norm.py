@@ -91,6 +91,7 @@ def _insert(
             scale = _rows.as_modulation(graph, last, scale, like)
         if use.shift is not None:
             shift = _rows.as_modulation(graph, last, use.shift, like)
+        scale, shift = (_rows.wider(graph, last, row, like.dtype) for row in (scale, shift))
     op = torch.ops.fastdiff.layer_norm_modulate.default
     return _rows.fuse(graph, last, op, x, scale, shift, *affine, argument(norm, 4, "eps", 1e-5))
 
