@@ -37,6 +37,7 @@ class Launch:
 # small enough that the SD1.5 mid block (128 rows of 5120) still makes two programs per SM.
 TILE = 2048
 MAX_BLOCK_H = 1024
+MAX_REGISTERS = 128  # named, because left alone ptxas spills to save registers
 MIN_BLOCK_H = 32
 
 
@@ -102,6 +103,7 @@ def launch(
             x, out, inner, outer_stride, inner_stride, H,
             ACTIVATION=activation, GATE_FIRST=gate_first,
             BLOCK_M=plan.block_m, BLOCK_H=plan.block_h, num_warps=plan.num_warps,
+            maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def aot_configs(activations: tuple[str, ...], gates: tuple[bool, ...]) -> Iterat
                         odd = "" if known else " odd"
                         yield {
                             "kernel": _gated_kernel, "signature": signature,
-                            "constexprs": constants, "options": {"num_warps": 4},
+                            "constexprs": constants,
+                            "options": {"num_warps": 4, "maxnreg": MAX_REGISTERS},
                             "label": f"{activation}{where} {block_h} {dtype}{odd}",
                             "multiples_of_16": known,
                         }  # fmt: skip

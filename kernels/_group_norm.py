@@ -28,6 +28,7 @@ from fastdiff.kernels._group_norm_policy import (
     SECOND_MIN_TILE,
     Launch,
     select,
+    stats_warps,
     warps_of,
 )
 from fastdiff.kernels._group_norm_whole import _group_kernel
@@ -103,7 +104,7 @@ def launch(
             _stats_kernel[(N * C * plan.splits,)](
                 *sources, *parts, C, C_X, HW, plan.splits, plan.span,
                 HAS_RESIDUAL=second == "residual", BLOCK=block, VEC=16 // x.element_size(),
-                num_warps=plan.num_warps,
+                num_warps=stats_warps(plan.num_warps, second),
             )  # fmt: skip
             _apply_kernel[(N * C * triton.cdiv(HW, block),)](
                 *again, *vectors, out, *parts, *strides, C, C_X, HW, groups, plan.splits,
@@ -173,7 +174,7 @@ def stats_configs(second: str) -> Iterator[dict[str, Any]]:
             yield _config(_stats_last_kernel, f"{name} last", dtype, 4, known, **last)
             for block in (4096, 2048, 1024, 512)[odd - 1 :]:
                 vector = {"BLOCK": block, "VEC": vec, **residual}
-                warps = warps_of(block * odd, 1)
+                warps = stats_warps(warps_of(block * odd, 1), second)
                 yield _config(_stats_kernel, f"{name} {block}", dtype, warps, known, **vector)
 
 

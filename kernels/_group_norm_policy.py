@@ -64,6 +64,11 @@ def warps_of(elements: int, least: int) -> int:
     return min(16, max(least, elements // 1024))
 
 
+def stats_warps(warps: int, second: str) -> int:
+    """Of the statistics' programs: one warp has no registers for a residual's addresses as well."""
+    return max(2, warps) if second == "residual" else warps
+
+
 def select(
     N: int, C: int, HW: int, groups: int, dtype: torch.dtype, channels_last: bool, arch: int,
     split: bool = False, block_hw: int = 0, programs: int = TARGET_PROGRAMS,  # for tuning
