@@ -48,8 +48,8 @@ def compile(
     mode: "default", or "max": what is left between fastdiff's ops is compiled by Inductor, which
         takes minutes for a large model.
     freeze: on a CPU with bf16 products, keep the weights a second time, in the order that those
-        take, and images channels last. Writes to weights are still seen, but for those through
-        ``weight.data`` (fusing a LoRA): compile again after them.
+        take (the report counts them), and images channels last. Writes to weights are still seen,
+        but for those through ``weight.data`` (fusing a LoRA): compile again after them.
     max_graphs: how many sets of shapes are kept (of each part of a pipeline).
     cuda_graphs: on a CUDA device, replay the programs as CUDA graphs, from the second call on; the
         results have memory of their own.
