@@ -368,17 +368,16 @@ def test_layers_offloaded_one_by_one():
         same(pipe.transformer(**values).sample, right)
 
 
-def test_another_precision_and_bytes_for_the_denoiser_alone():
-    pipe, call = made("sd15")
+def test_another_precision_and_bytes_for_the_denoiser():
+    pipe, call = made("sd")
     right = draw(pipe, call())
     fastdiff.compile(pipe, dtype=torch.bfloat16, quantize="int8", skip=["*.ff*"])
     dtypes = {name: next(m.parameters()).dtype for name, m in pipe.components.items()
               if isinstance(m, nn.Module)}  # fmt: skip
-    assert dtypes.pop("unet") == torch.bfloat16
-    assert set(dtypes.values()) == {torch.float32}
-    result = draw(pipe, call())
-    assert result.dtype == right.dtype
-    assert psnr(result, right) > 30
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert psnr(draw(pipe, call()), right) > 30
+    arguments = {**call(), "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    assert pipe(**arguments).images.isfinite().all()  # the decoder takes what the denoiser gives
     parts = fastdiff.report(pipe).components
     assert parts["unet"].parts["unet"].cast == "torch.float32 to torch.bfloat16"
     assert parts["unet"].parts["unet"].quantize == "int8"
@@ -389,7 +388,7 @@ def test_another_precision_and_bytes_for_the_denoiser_alone():
 
 
 def test_options_that_cannot_be_had_change_nothing():
-    pipe, _ = made("sd15")
+    pipe, _ = made("sd")
     scheduler = pipe.scheduler
     for options, message in (
         ({"quantize": "fp8"}, "sm_89"),
