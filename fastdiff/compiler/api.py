@@ -48,8 +48,8 @@ def compile(
     mode: "default", or "max": what is left between fastdiff's ops is compiled by Inductor, which
         takes minutes for a large model.
     freeze: on a CPU with bf16 products, keep the weights a second time, in the order that those
-        take, and images channels last. Writes to weights are still seen, but for those through
-        ``weight.data`` (fusing a LoRA): compile again after them.
+        take (the report counts them), and images channels last. Writes to weights are still seen,
+        but for those through ``weight.data`` (fusing a LoRA): compile again after them.
     max_graphs: how many sets of shapes are kept (of each part of a pipeline).
     cuda_graphs: on a CUDA device, replay the programs as CUDA graphs, from the second call on; the
         results have memory of their own.
@@ -65,8 +65,8 @@ def compile(
     dtype: bfloat16, float16 or float32: the model is cast in place, but for what a model of
         diffusers keeps in float32; :func:`uncompile` does not undo it. Inputs in the dtype that
         it had are cast on the way in (not times, and not what is called ``...ids``), and results
-        back to the dtype of the sample. Of a pipeline, neither this nor ``quantize`` concerns the
-        autoencoder.
+        back to the dtype of the sample. Of a pipeline, all models are cast, as ``pipe.to(dtype)``
+        does; ``quantize`` does not concern its autoencoder.
     components: of a pipeline, the names of those to change; None: all of the above.
 
     Raises TypeError for something else than a module or a pipeline, ValueError for bad options.

@@ -75,12 +75,20 @@ def test_a_layer_has_eagers_bits(name):
     layer, shape = LAYERS[name]()
     model = frozen(nn.Sequential(layer))
     x = image(*shape)
+    right = model._call_impl(x)
+    oracle = copy.deepcopy(layer).double()(x.double())
     for _ in range(2):
-        assert_same(model(x), model._call_impl(x))
+        assert_within_2x(model(x), oracle, right)
+        assert model(x).stride() == right.stride()
     assert packed(model) == 1
+    if x.dim() == 4 and isinstance(layer, nn.Conv2d):
+        # The bits of eager's other layout: oneDNN adds up the channels in another order.
+        last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+        right = last(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(model(x), right)
     spread = torch.zeros(*shape[:-1], shape[-1] * 2, dtype=BF16)[..., ::2].copy_(x)
-    assert not spread.is_contiguous() or spread.numel() == spread.shape[0]
-    assert torch.equal(model(spread), model._call_impl(spread))
+    assert not spread.is_contiguous()
+    assert_within_2x(model(spread), oracle, model._call_impl(spread))
 
 
 class Views(nn.Module):
@@ -111,9 +119,17 @@ def test_views_of_images_and_strides_of_results(layout):
         with pytest.raises(RuntimeError, match="view size is not compatible"):
             model._call_impl(x)
         return
-    for mine, right in zip(model(x), model._call_impl(x), strict=True):
-        assert torch.equal(mine, right)
+    wide = copy.deepcopy(model).double()
+    oracles = list(wide(x.double()))
+    del oracles[3]  # of bits
+    results, rights = list(model(x)), list(model._call_impl(x))
+    for mine, right in zip(results, rights, strict=True):
         assert mine.stride() == right.stride()
+    bits = results.pop(3)
+    assert torch.equal(bits, results[0].view(torch.int16))
+    del rights[3]
+    for mine, oracle, right in zip(results, oracles, rights, strict=True):
+        assert_within_2x(mine, oracle, right)
     assert packed(model) == 3
 
 
@@ -149,6 +165,11 @@ def test_models_are_within_twice_eagers_error(name):
     assert packed(model) > (0 if name == "dit" else 10)
 
 
+def assert_right(model: nn.Module, x: Tensor) -> None:
+    oracle = copy.deepcopy(model).double()(x.double())
+    assert_within_2x(model(x), oracle, model._call_impl(x))
+
+
 def in_place(weight: Tensor) -> None:
     weight.mul_(1.5)
 
@@ -178,10 +199,10 @@ def test_writes_to_weights_are_seen(write, which):
     assert packed(model) == 2
     write(model[which].weight)
     for _ in range(2):
-        assert torch.equal(model(x), model._call_impl(x))
+        assert_right(model, x)
     assert not torch.equal(model(x), before)
     model[which].bias.add_(1)
-    assert torch.equal(model(x), model._call_impl(x))
+    assert_right(model, x)
 
 
 def test_copies_count_in_the_report_and_are_made_once():

@@ -366,3 +366,36 @@ def test_layers_offloaded_one_by_one():
         accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
         assert next(pipe.transformer.parameters()).device.type == "meta"
         same(pipe.transformer(**values).sample, right)
+
+
+def test_another_precision_and_bytes_for_the_denoiser():
+    pipe, call = made("sd")
+    right = draw(pipe, call())
+    fastdiff.compile(pipe, dtype=torch.bfloat16, quantize="int8", skip=["*.ff*"])
+    dtypes = {name: next(m.parameters()).dtype for name, m in pipe.components.items()
+              if isinstance(m, nn.Module)}  # fmt: skip
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert psnr(draw(pipe, call()), right) > 30
+    arguments = {**call(), "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    assert pipe(**arguments).images.isfinite().all()  # the decoder takes what the denoiser gives
+    parts = fastdiff.report(pipe).components
+    assert parts["unet"].parts["unet"].cast == "torch.float32 to torch.bfloat16"
+    assert parts["unet"].parts["unet"].quantize == "int8"
+    assert all(part.quantize == part.cast == "" for part in parts["vae"].parts.values())
+    # Asked for other things, it is compiled anew.
+    fastdiff.compile(pipe)
+    assert fastdiff.report(pipe).components["unet"].parts["unet"].quantize == ""
+
+
+def test_options_that_cannot_be_had_change_nothing():
+    pipe, _ = made("sd")
+    scheduler = pipe.scheduler
+    for options, message in (
+        ({"quantize": "fp8"}, "sm_89"),
+        ({"quantize": "int8", "skip": ["decoder.*"]}, "skip must name modules"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastdiff.compile(pipe, dtype=torch.bfloat16, **options)
+    assert pipe.scheduler is scheduler
+    assert denoiser(pipe)._compiled_call_impl is None
+    assert next(denoiser(pipe).parameters()).dtype == torch.float32

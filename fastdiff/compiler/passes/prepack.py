@@ -3,8 +3,9 @@ last.
 
 PyTorch's own bf16 layers reorder their weights in every call, which for small batches is most of
 the time, and convolutions of channels-first images reorder those too. Reordered weights depend on
-the weights alone, so the split keeps them, as long as the weights stay what they are. The results
-have the same bits.
+the weights alone, so the split keeps them, as long as the weights stay what they are. Results have
+the bits of PyTorch's own layers for contiguous rows and for channels-last images; for other layouts
+oneDNN adds up in another order.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from fastdiff.compiler.graph import argument, calls, is_tensor, value_of
+from fastdiff.compiler.graph import argument, calls, is_tensor, parameter_of, value_of
 from fastdiff.compiler.packing import stacked
 
 # Fewer multiplications than this are not worth a call of their own.
@@ -57,7 +58,10 @@ def prepack(graph: fx.Graph) -> int:
 
 def usable() -> bool:
     """Whether this CPU has bf16 products and this PyTorch the operators for them."""
-    names = ("_reorder_linear_weight", "_linear_pointwise", "_reorder_convolution_weight")
+    names = (
+        *("_reorder_linear_weight", "_linear_pointwise"),
+        *("_reorder_convolution_weight", "_convolution_pointwise", "_nbytes"),
+    )
     return (
         torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -122,6 +126,8 @@ def restored(x: Tensor, stride: Sequence[int]) -> Tensor:
     """The same values with these strides."""
     if x.stride() == tuple(stride):
         return x
+    if all(a == b for a, b, size in zip(x.stride(), stride, x.shape, strict=True) if size > 1):
+        return x.as_strided(x.shape, stride)
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
@@ -132,16 +138,38 @@ def _any_layout(graph: fx.Graph) -> None:
         if node.op == "call_method" and node.target == "view" and not as_dtype:
             node.target = "reshape"
     output = next(node for node in graph.nodes if node.op == "output")
+    given = [value_of(node) for node in graph.nodes if node.op == "placeholder" and is_tensor(node)]
+    last = any(_channels_last(value) for value in given)
 
     def own_strides(node: fx.Node) -> fx.Node:
         value = value_of(node)
-        if node.op == "placeholder" or not isinstance(value, Tensor) or value.dim() != 4:
+        if node.op == "placeholder" or not is_tensor(node) or not _dense(value):
             return node
-        if value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last):
-            return _call(graph, output, restored, value, node, tuple(value.stride()))
-        return node
+        strides = value.stride()
+        if _channels_last(value) and len(value) == 1 and not last:
+            # The stride of one image does not count, but is what says channels last; that of a
+            # fake tensor is another one after a reshape.
+            strides = torch.empty(value.shape, device="meta").stride()
+        return _call(graph, output, restored, value, node, tuple(strides))
 
     output.args = fx.node.map_arg(output.args, own_strides)
+
+
+def _dense(value: Tensor) -> bool:
+    """Every place of its memory is one element."""
+    sizes = sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True))
+    expected = 1
+    for stride, size in sizes:
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _channels_last(value: Any) -> bool:
+    """And not contiguous."""
+    channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return bool(channels_last and not value.is_contiguous())
 
 
 def _call(graph: fx.Graph, before: fx.Node, target: Any, value: Any, *args: Any) -> fx.Node:
@@ -155,7 +183,8 @@ def _fits(x: Any, weight: Any) -> bool:
     """Both bf16 on the CPU, the weight one of the model's own and not computed in every step."""
     if not (is_tensor(x) and is_tensor(weight)):
         return False
-    if weight.op != "placeholder" and weight.target is not stacked:
+    parts = weight.args if weight.target is stacked else (weight,)
+    if not all(isinstance(parameter_of(part), nn.Parameter) for part in parts):
         return False
     values = value_of(x), value_of(weight)
     return all(v.device.type == "cpu" and v.dtype == torch.bfloat16 for v in values)

@@ -16,6 +16,7 @@ from fastdiff.compiler import api
 from fastdiff.compiler.compiled import SAMPLE_NAMES, TIME_NAMES
 from fastdiff.compiler.options import Options
 from fastdiff.compiler.passes.quantize import check
+from fastdiff.compiler.precision import cast
 from fastdiff.compiler.reports import Report
 from fastdiff.integrations import diffusers as adapters
 from fastdiff.integrations.diffusers.base import TableStep
@@ -70,7 +71,7 @@ def compile_pipeline(pipe: Any, options: Options, components: Iterable[str] | No
             f"components must name parts of the pipeline ({', '.join(present)}), got {name!r}"
         )
     work: list[tuple[nn.Module, Options]] = []
-    # The autoencoder's halves share dtype and numbers with layers that stay outside.
+    # The autoencoder is cast as a whole, and its few linear layers are no work.
     plain = replace(options, quantize=None, skip=(), dtype=None)
     for name, component in present.items():
         if chosen is not None and name not in chosen:
@@ -88,6 +89,13 @@ def compile_pipeline(pipe: Any, options: Options, components: Iterable[str] | No
             made = api.install(part, asked)
         if made.token is None:
             made.token = _run_of(pipe)
+    # The rest is cast, too, as `pipe.to(dtype)` does: parts hand their dtype on to each other.
+    done = {part for part, asked in work if asked is options}
+    for name, component in present.items():
+        if not isinstance(component, nn.Module) or (chosen is not None and name not in chosen):
+            continue
+        if not done & set(component.modules()) and not getattr(component, "is_quantized", False):
+            cast(component, options.dtype, {}, None)
     scheduler = present.get("scheduler")
     if scheduler is not None and (chosen is None or "scheduler" in chosen):
         adapter, _ = adapter_of(scheduler)
