@@ -229,7 +229,8 @@ def compare(name: str, size: int, steps: int, calls: int) -> dict[str, Any]:
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    loop, broken = Loop(inputs, time_of, torch.float32), []
+    print(f"{name}: {facts['parameters'] / 1e6:.0f} M parameters", flush=True)
+    broken: list[str] = []
     with in_float64(model):
         wide = Loop(inputs, time_of, torch.float64)
         exact = wide.step(model, wide.start, 0.7)
@@ -264,6 +265,7 @@ def compare(name: str, size: int, steps: int, calls: int) -> dict[str, Any]:
         here["unfused"] = {**graph.why_unfused}
         here |= {"nodes": [graph.nodes_before, graph.nodes_after], "hoisted": graph.hoisted}
         facts[short] = here
+        print(printed(short, here), flush=True)
         compiler.uncompile(model)
         torch.compiler.reset()
     return {**facts, "broken": broken}
@@ -300,24 +302,21 @@ def times(loop: Loop, model: nn.Module, own: Callable[..., Any], calls: int) -> 
     return {name: statistics.median(spent) for name, spent in found.items()}
 
 
-def printed(facts: dict[str, Any]) -> str:
-    """The facts of one model, in lines."""
-    lines = [f"{facts['model']}: {facts['parameters'] / 1e6:.0f} M parameters"]
-    for short in ("float32", "bfloat16"):
-        here = facts[short]
-        fused = ", ".join(f"{count} {op}" for op, count in here["fused"].items())
-        lines += [
-            f"  {short}: error {here.get('of_bound', math.nan):.2f} of the bound; "
-            f"{here['psnr']:.1f} dB (eager {here['psnr_eager']:.1f})",
-            f"    tracing {here['tracing_s']:.1f} s, passes {here['passes_s']:.1f} s, first run "
-            f"{here['first_run_s']:.1f} s; {here['nodes'][0]} nodes, then {here['nodes'][1]}; "
-            f"{here['hoisted']:.2%} hoisted",
-            f"    step {here['compiled_s']:.3f} s, eager {here['eager_s']:.3f} s: ratio "
-            f"{here['eager_s'] / here['compiled_s']:.2f} (noisy)",
-            f"    fused: {fused}",
-            *(f"    left: {count} {why}" for why, count in here["unfused"].items()),
-        ]
-    return "\n".join([*lines, *(f"  BROKEN {line}" for line in facts["broken"])])
+def printed(short: str, here: dict[str, Any]) -> str:
+    """The facts of one model in one dtype, in lines."""
+    fused = ", ".join(f"{count} {op}" for op, count in here["fused"].items())
+    lines = [
+        f"  {short}: error {here.get('of_bound', math.nan):.2f} of the bound; "
+        f"{here['psnr']:.1f} dB (eager {here['psnr_eager']:.1f})",
+        f"    tracing {here['tracing_s']:.1f} s, passes {here['passes_s']:.1f} s, first run "
+        f"{here['first_run_s']:.1f} s; {here['nodes'][0]} nodes, then {here['nodes'][1]}; "
+        f"{here['hoisted']:.2%} hoisted",
+        f"    step {here['compiled_s']:.3f} s, eager {here['eager_s']:.3f} s: ratio "
+        f"{here['eager_s'] / here['compiled_s']:.2f} (noisy)",
+        f"    fused: {fused}",
+        *(f"    left: {count} {why}" for why, count in here["unfused"].items()),
+    ]
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -335,7 +334,8 @@ def main() -> int:
     results = []
     for name in options.models:
         results.append(compare(name, options.size, options.steps, options.calls))
-        print(printed(results[-1]), flush=True)
+        for line in results[-1]["broken"]:
+            print(f"  BROKEN {line}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
     return 1 if any(facts["broken"] for facts in results) else 0
