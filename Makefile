@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= digits.png
+TEST_PROCESSES ?= 2
 
 # The repository root holds a folder called kernels; it must not be importable under that name.
 export PYTHONSAFEPATH := 1
@@ -48,8 +49,9 @@ develop: $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	@touch $(VENV)/.core $(VENV)/.dev
 
+# One thread each: the tests that are about threads set their number themselves.
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
