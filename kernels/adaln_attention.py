@@ -58,7 +58,7 @@ def select(M: int, N: int, K: int, dtype: torch.dtype, arch: int, aligned: bool)
     normalised, needs registers beside the accumulators (in 4 warps both spill on sm_90).
     """
     plan = _linear.select(M, N, K, dtype, arch, False, aligned and K % WHOLE_K == 0)
-    return replace(plan, num_warps=8) if plan.block_m == 128 else plan
+    return replace(plan, num_warps=8 if plan.block_m == 128 else 4)
 
 
 # --- kernels --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -21,6 +22,8 @@ def fresh_python(tmp_path: Path) -> Callable[..., str]:
     """
 
     def run(*arguments: str, **environment: str) -> str:
+        if environment.get("TRITON_INTERPRET") == "1":
+            _skip_without_interpreter()
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=tmp_path,
@@ -34,6 +37,13 @@ def fresh_python(tmp_path: Path) -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+def _skip_without_interpreter() -> None:
+    triton = pytest.importorskip("triton")
+    versions = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter cannot run loops with NumPy 2.4 and newer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
