@@ -391,8 +391,8 @@ def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
             kernels.statistics(x, eps, found)
         else:
             found = kernels.Statistics(stream.mean, stream.rstd)
-        rows = [_per_image(x, tensor) for tensor in (stream.scale, stream.shift)]
-        kernels.launch(x, weight, bias, out, modulation=(found, *rows))
+        scale, shift = _per_image(x, stream.scale), _per_image(x, stream.shift)
+        kernels.launch(x, weight, bias, out, modulation=(found, scale, shift))
         return out
 
     def finish(stream: Stream, y: Tensor, eps: float | None) -> tuple[Tensor | None, ...]:
