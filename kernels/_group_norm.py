@@ -104,7 +104,7 @@ def launch(
             _stats_kernel[(N * C * plan.splits,)](
                 *sources, *parts, C, C_X, HW, plan.splits, plan.span,
                 HAS_RESIDUAL=second == "residual", BLOCK=block, VEC=16 // x.element_size(),
-                num_warps=stats_warps(plan.num_warps, second),
+                num_warps=plan.stats_warps,
             )  # fmt: skip
             _apply_kernel[(N * C * triton.cdiv(HW, block),)](
                 *again, *vectors, out, *parts, *strides, C, C_X, HW, groups, plan.splits,

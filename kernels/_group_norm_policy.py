@@ -22,7 +22,8 @@ class Launch:
 
     kind: "group" or "split". block_c, block_hw: the tile of a program; block_c is 1 for a split
     group with channels first. align: 4 where that divides the channels per group and loads are
-    wider for knowing it, else 1. splits: parts of `span` pixels each.
+    wider for knowing it, else 1. splits: parts of `span` pixels each; stats_warps: of the programs
+    that take their statistics.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Launch:
     align: int = 1
     splits: int = 1
     span: int = 0
+    stats_warps: int = 0
 
 
 # 16384 fp32 elements in 16 warps are 32 registers per thread: the largest tile that leaves room for
@@ -107,4 +109,6 @@ def select(
         warps = warps_of(block_hw * odd, 1)
     splits = min(most, triton.cdiv(programs, max(1, rows)), triton.cdiv(HW, block_hw))
     span = triton.cdiv(triton.cdiv(HW, splits), block_hw) * block_hw
-    return Launch("split", block_c, block_hw, warps, 1, triton.cdiv(HW, span), span)
+    parts = triton.cdiv(HW, span)
+    stats = stats_warps(warps, second)
+    return Launch("split", block_c, block_hw, warps, 1, parts, span, stats)

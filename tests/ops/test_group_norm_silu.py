@@ -197,7 +197,7 @@ def test_launch_policy_covers_every_shape(channels_last: bool, second: str) -> N
                     assert width % plan.align == 0
                     continue
                 known = channels_last or pixels % 16 == 0
-                assert (known, plan.block_hw, plan.num_warps) in blocks_compiled
+                assert (known, plan.block_hw, plan.stats_warps) in blocks_compiled
                 assert (plan.splits - 1) * plan.span < pixels <= plan.splits * plan.span
                 if not channels_last:
                     assert plan.splits * width <= max(width, policy.MAX_PARTS)
