@@ -29,6 +29,7 @@ def compile(
     quantize: str | None = None,
     skip: Iterable[str] = (),
     dtype: torch.dtype | None = None,
+    disk_cache: bool = True,
     components: Iterable[str] | None = None,
 ) -> Model:
     """The same model, whose calls run fused and without repeating what a step does not change.
@@ -67,6 +68,9 @@ def compile(
         it had are cast on the way in (not times, and not what is called ``...ids``), and results
         back to the dtype of the sample. Of a pipeline, all models are cast, as ``pipe.to(dtype)``
         does; ``quantize`` does not concern its autoencoder.
+    disk_cache: store captured graphs (not weights) in the folder ``graphs`` of
+        ``fastdiff.environment.cache_folder()``, and use those that an earlier process stored for the
+        same code, settings and shapes. At most 512 MiB; the report says what was not stored and why.
     components: of a pipeline, the names of those to change; None: all of the above.
 
     Raises TypeError for something else than a module or a pipeline, ValueError for bad options.
@@ -75,7 +79,8 @@ def compile(
     if isinstance(skip, str):
         raise TypeError(f"skip must be a list of names or patterns, got {skip!r}")
     options = Options(
-        mode, freeze, max_graphs, cuda_graphs, max_graph_bytes, quantize, tuple(skip), dtype
+        *(mode, freeze, max_graphs, cuda_graphs, max_graph_bytes, quantize, tuple(skip), dtype),
+        disk_cache,
     )
     if is_pipeline(model):
         from fastdiff.integrations.diffusers import pipeline

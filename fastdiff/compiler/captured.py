@@ -23,6 +23,7 @@ from fastdiff.compiler.passes import passes_for
 from fastdiff.compiler.passes.quantize import Quantize
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
+from fastdiff.compiler.shelf import Shelf
 from fastdiff.compiler.split import Program, split
 from fastdiff.compiler.tidy import tidy
 from fastdiff.compiler.waterfall import calls_of
@@ -49,6 +50,7 @@ class Entry:
         self.why_pieces = self.why_eager = ""
         self._last: list[Any] = [None]
         self._started = 0.0
+        self.shelf = Shelf(self._stored) if owner.options.disk_cache else None
         self._begin()
 
     def _begin(self) -> None:
@@ -72,6 +74,20 @@ class Entry:
         self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
+        shelf = self.shelf
+        if shelf is None:
+            return self._captured(model, inputs, cast)
+        found = shelf.find(model, inputs, cast)
+        try:
+            if found is not None:
+                return found(inputs)
+            result = self._captured(model, inputs, cast)
+            shelf.keep(result)
+            return result
+        finally:
+            shelf.done()
+
+    def _captured(self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
         if not self.runners:
             self._started = time.perf_counter()
         if not self.why_pieces:
@@ -91,11 +107,22 @@ class Entry:
         owner = self._owner()
         assert owner is not None  # it is calling
         seconds = time.perf_counter() - (self._started or 0.0)
-        graph = Graph(module, owner, self._last, seconds, self.why_pieces)
+        if self.shelf is not None:
+            self.shelf.capturing(owner.model, module.graph, _source)
+        graph = self._add(Graph(module, owner, self._last, seconds, self.why_pieces))
         owner.captured()
+        return graph.runner if self.shelf is None else self.shelf.recorded(graph.runner)
+
+    def _stored(self, module: fx.GraphModule, seconds: float) -> Runner:
+        """The runner of a graph that was stored."""
+        owner = self._owner()
+        assert owner is not None  # it is calling
+        return self._add(Graph(module, owner, self._last, seconds, stored=True)).runner
+
+    def _add(self, graph: Graph) -> Graph:
         self.graphs.append(graph)
         self.runners.append(graph.runner)
-        return graph.runner
+        return graph
 
     def forget(self) -> None:
         """Drops kept results and CUDA graphs; a thread that still runs it makes them again."""
@@ -129,7 +156,10 @@ def _call(model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
 
 
 class Graph:
-    """A captured graph, fused and split. why_piece: why it is not the whole model, or ""."""
+    """A captured graph, fused and split.
+
+    why_piece: why it is not the whole model, or "". stored: whether an earlier process captured it.
+    """
 
     def __init__(
         self,
@@ -138,8 +168,10 @@ class Graph:
         last: list[Any],
         seconds: float,
         why_piece: str = "",
+        stored: bool = False,
     ) -> None:
         graph, options = module.graph, owner.options
+        self._stored = stored
         self._why_piece = why_piece
         self._autocast = {
             device: torch.get_autocast_dtype(device)
@@ -230,6 +262,7 @@ class Graph:
             dict(self._why_unfused),
             dict(self._calls),
             self._half,
+            self._stored,
         )
 
 

@@ -220,6 +220,7 @@ class Compiled:
             "" if self.cast is None else f"{self.cast.before} to {self.cast.after}",
             self.options.quantize or "",
             *self._quantized(entries),
+            list(dict.fromkeys(e.shelf.why_not for e in entries if e.shelf and e.shelf.why_not)),
         )
 
     def _quantized(self, entries: list[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -245,10 +246,14 @@ def _device(inputs: dict[str, Any]) -> torch.device:
 
 
 def _shapes_key(inputs: dict[str, Any]) -> Any:
+    """What one entry is for: layouts, which tensors are the same one, and all other values."""
     leaves, structure = torch.utils._pytree.tree_flatten(inputs)
+    first: dict[int, int] = {}
     described = tuple(
-        (leaf.shape, leaf.dtype, leaf.device, leaf.stride()) if isinstance(leaf, Tensor) else leaf
-        for leaf in leaves
+        (leaf.shape, leaf.dtype, leaf.device, leaf.stride(), first.setdefault(id(leaf), i))
+        if isinstance(leaf, Tensor)
+        else (type(leaf), leaf)
+        for i, leaf in enumerate(leaves)
     )
     try:
         hash(described)

@@ -26,6 +26,7 @@ class Options:
     quantize: str | None = None
     skip: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
+    disk_cache: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -40,7 +41,7 @@ class Options:
             raise ValueError(f"dtype must be one of {_list(DTYPES)}, got {self.dtype!r}")
         _at_least("max_graphs", self.max_graphs, 1)
         _at_least("max_graph_bytes", self.max_graph_bytes, 0)
-        for name in ("freeze", "cuda_graphs"):
+        for name in ("freeze", "cuda_graphs", "disk_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 

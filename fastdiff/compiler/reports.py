@@ -27,6 +27,7 @@ class GraphReport:
     products are of half precision. calls: stage of compiling -> calls that launch something, an
     estimate. seconds: from the call to the captured graph. why_whole:
     why it was left as it was, or "". why_piece: why it is not the whole model, or "".
+    stored: whether it was read from the disk, where an earlier process had stored it.
     cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
     """
 
@@ -43,6 +44,7 @@ class GraphReport:
     why_unfused: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     half: bool = False
+    stored: bool = False
 
     @property
     def hoisted(self) -> float:
@@ -74,6 +76,7 @@ class Report:
     cast: from what dtype to what, or "". quantize: "int8", "fp8" or "". quantized: layer ->
     {"weight", "output"}, the relative errors in the Frobenius norm (see `passes.quantize.errors`),
     the worst first; for the weights as they are now. unquantized: other layers -> why.
+    unstored: why graphs are not on the disk for the next process.
     """
 
     model: str
@@ -87,21 +90,24 @@ class Report:
     quantize: str = ""
     quantized: dict[str, dict[str, float]] = field(default_factory=dict)
     unquantized: dict[str, str] = field(default_factory=dict)
+    unstored: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.graphs)} graphs captured"]
+        lines = [f"{self.model}: {len(self.graphs)} graphs"]
+        lines += [f"not stored: {reason}" for reason in self.unstored]
         if self.cast:
             lines.append(f"cast from {self.cast}")
         lines += self._layers()
         for i, graph in enumerate(self.graphs):
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in graph.shapes.items())
             lines.append(f"graph {i}: {shapes}")
+            made = "read from the disk" if graph.stored else "captured"
             lines.append(
-                f"  captured in {graph.seconds:.1f} s; {graph.nodes_before} nodes, "
+                f"  {made} in {graph.seconds:.1f} s; {graph.nodes_before} nodes, "
                 f"{graph.nodes_after} after fusion"
             )
             if graph.why_piece:
