@@ -28,6 +28,12 @@ from fastdiff._version import __version__
 FORMAT = 1
 # Code that the versions identify: their names are looked at, not their code.
 KNOWN = frozenset((*sys.stdlib_module_names, "torch", "numpy", "triton", "fastdiff", "__builtin__"))
+# Of those, the modules whose names somebody may have given another meaning: an attention of another
+# library in the place of PyTorch's. Others are filled while a process runs.
+REPLACED = (
+    *("torch", "torch.nn", "torch.nn.functional", "torch.functional", "torch.linalg", "torch.fft"),
+    *("torch.special", "torch.amp"),
+)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), slice, range)
 TORCH_PLAIN = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -191,7 +197,8 @@ class _Walk:
             self._sequence(value, path, watch)
         elif isinstance(value, types.ModuleType):
             self._emit("module", value.__name__)
-            self._modules[id(value)] = value
+            if not _is_known(value.__name__) or value.__name__ in REPLACED:
+                self._modules[id(value)] = value
         elif isinstance(value, logging.Logger):
             self._emit("logger", value.name)
         elif isinstance(value, weakref.ref):
@@ -274,7 +281,7 @@ class _Walk:
         module = getattr(value, "__module__", None) or ""
         self._emit("function", module, getattr(value, "__qualname__", type(value).__qualname__))
         code = _code_of(value)
-        if code is None or module.partition(".")[0] in KNOWN:
+        if code is None or _is_known(module):
             return
         if id(value) in self._functions:
             return
@@ -306,7 +313,7 @@ class _Walk:
             for module in list(self._modules.values()):
                 self._resolve(vars(module))
             for kind in list(self._classes.values()):
-                if kind.__module__.partition(".")[0] in KNOWN:
+                if _is_known(kind.__module__):
                     if "forward" in vars(kind):
                         self._look(kind, "forward")
                 else:
@@ -335,6 +342,9 @@ class _Walk:
         if name in names.found:
             return
         value = names.found[name] = names.space[name]
+        if isinstance(value, types.ModuleType) and names.space is vars(torch):
+            self._modules |= {id(value): value} if value.__name__ in REPLACED else {}
+            return  # some of PyTorch's are there only once they were used
         path = space.__qualname__ if isinstance(space, type) else space.get("__name__", "")
         self._emit("name", path, name)
         if isinstance(value, (staticmethod, classmethod)):
@@ -344,6 +354,10 @@ class _Walk:
         if isinstance(value, functools.cached_property):
             value = value.func
         self._loose(value, f"{path}.{name}")
+
+
+def _is_known(module: str) -> bool:
+    return module.partition(".")[0] in KNOWN
 
 
 def _is_code(value: Any) -> bool:
