@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff._ext import ext
+
 # Words of 8 bytes that are hashed at a time: they and what is made of them stay in a cache.
 BLOCK = 1 << 17
 _multipliers: dict[torch.device, Tensor] = {}
@@ -22,18 +24,27 @@ _multipliers: dict[torch.device, Tensor] = {}
 def digest(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """64 bits of each tensor's contents; waits for the device once.
 
-    Words of 8 bytes, their high halves mixed into the low ones, times odd random numbers, summed
-    modulo 2^64: a change of one word always shows, a random change of more all but once in 2^64.
+    A change of one word of 8 bytes always shows, a random change of more all but once in 2^64.
     """
+    native = ext()
+    result: list[int] = []
+    found: list[Tensor] = []
     with torch.no_grad(), torch.inference_mode(False):
-        found = [_hash(tensor.detach()) for tensor in tensors]
-        result: list[int] = []
-        for device in {value.device for value in found}:
+        for tensor in tensors:
+            if native is not None and tensor.device.type == "cpu":
+                flat = tensor.detach().contiguous()
+                threads = torch.get_num_threads()
+                result.append(native.digest(flat.data_ptr(), flat.nbytes, threads))
+            else:
+                found.append(_hash(tensor.detach()))
+        for device in dict.fromkeys(value.device for value in found):
             result += torch.stack([v for v in found if v.device == device]).tolist()
     return tuple(result)
 
 
 def _hash(tensor: Tensor) -> Tensor:
+    """The same in PyTorch, for any device: words, their high halves mixed into the low ones, times
+    odd random numbers, summed modulo 2^64."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     rest = flat.numel() % 8
     if rest:
