@@ -69,8 +69,8 @@ def compile(
         back to the dtype of the sample. Of a pipeline, all models are cast, as ``pipe.to(dtype)``
         does; ``quantize`` does not concern its autoencoder.
     disk_cache: store captured graphs (not weights) in the folder ``graphs`` of
-        ``fastdiff.environment.cache_folder()``, and use those that an earlier process stored for the
-        same code, settings and shapes. At most 512 MiB; the report says what was not stored and why.
+        ``fastdiff.environment.cache_folder()``, and use those that an earlier process stored for
+        the same code, settings and shapes. At most 512 MiB; the report says what was not stored.
     components: of a pipeline, the names of those to change; None: all of the above.
 
     Raises TypeError for something else than a module or a pipeline, ValueError for bad options.

@@ -50,12 +50,15 @@ class Entry:
         self.why_pieces = self.why_eager = ""
         self._last: list[Any] = [None]
         self._started = 0.0
-        self.shelf = Shelf(self._stored) if owner.options.disk_cache else None
+        self._store = owner.options.disk_cache
         self._begin()
 
     def _begin(self) -> None:
         self.forget()
         self.graphs, self.runners = [], []
+        # The entry holds the shelf, not the other way round.
+        build = weakref.WeakMethod(self._stored)
+        self.shelf = Shelf(lambda *args: _alive(build)(*args)) if self._store else None
         # Globals of its own, too: PyTorch puts what it has compiled there.
         own = types.FunctionType(
             _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"),
@@ -101,6 +104,8 @@ class Entry:
                 # comes out of that too.
                 self.why_pieces = first_line(error)
                 self._begin()
+                if self.shelf is not None:
+                    self.shelf.refuse("it is captured in pieces")
         return self._pieces(model, inputs, cast)
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
@@ -128,6 +133,12 @@ class Entry:
         """Drops kept results and CUDA graphs; a thread that still runs it makes them again."""
         for runner in self.runners:
             runner.clear()
+
+
+def _alive(reference: weakref.WeakMethod[Any]) -> Any:
+    method = reference()
+    assert method is not None  # it is calling
+    return method
 
 
 def _release(function: types.FunctionType) -> None:

@@ -249,7 +249,7 @@ def _shapes_key(inputs: dict[str, Any]) -> Any:
     """What one entry is for: layouts, which tensors are the same one, and all other values."""
     leaves, structure = torch.utils._pytree.tree_flatten(inputs)
     first: dict[int, int] = {}
-    described = tuple(
+    described: tuple[Any, ...] = tuple(
         (leaf.shape, leaf.dtype, leaf.device, leaf.stride(), first.setdefault(id(leaf), i))
         if isinstance(leaf, Tensor)
         else (type(leaf), leaf)

@@ -106,6 +106,10 @@ class Shelf:
                 self._now.find(start)
             return self._now
 
+    def refuse(self, reason: str) -> None:
+        """Neither looks for graphs nor stores them any more."""
+        self.why_not, self._found[""] = reason, None
+
     def _read(self, key: str, start: dict[str, Any]) -> Stored | None:
         data = stored.read(key)
         try:
@@ -119,11 +123,13 @@ class Shelf:
     ) -> None:
         """Notes a graph that PyTorch's front end gives in this call, before it is changed."""
         call = self._call
+        if call.inputs is None:  # the graphs began anew in this call
+            return
         call.captured += 1
         call.graph = None
         try:
             if call.captured > 1:
-                raise Unstorable("the model is captured in pieces")
+                raise Unstorable("one call needs several graphs")
             if call.state is None:
                 call.state = State(model, call.inputs, call.settings)
             call.graph = stored.encode(graph, source)

@@ -1,9 +1,9 @@
 """What a captured graph depends on besides the contents of tensors: structure, settings and code.
 
 PyTorch's own guards do not outlive a process. A graph that was stored by an earlier one is used
-again where all this is the same: the tree of modules with every attribute, the code that ``forward``
-can reach by the names it mentions (of PyTorch and of the standard library the names alone, with the
-version), the shapes and settings of the inputs, and the ambient settings of PyTorch.
+again where all this is the same: the tree of modules with every attribute, the code that
+``forward`` can reach by the names it mentions (of PyTorch and of the standard library the names
+alone, with the version), the shapes and settings of the inputs, and PyTorch's own settings.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def ambient() -> tuple[Any, ...]:
 
 
 class _Dict:
-    """A dictionary's keys and the objects in it; the objects are held, so that no id comes twice."""
+    """A dictionary's keys and the objects in it, which are held, so that no id comes twice."""
 
     def __init__(self, watched: dict[Any, Any]) -> None:
         self._dict, self._held = watched, list(watched.values())
@@ -320,8 +320,9 @@ class _Walk:
                     self._resolve(kind)
 
     def _size(self) -> int:
-        counts = (self._names, self._classes, self._modules, self._functions)
-        return sum(map(len, counts)) + sum(len(space.found) for space in self._spaces.values())
+        spaces = sum(len(space.found) for space in self._spaces.values())
+        known = len(self._names) + len(self._classes) + len(self._modules) + len(self._functions)
+        return known + spaces
 
     def _resolve(self, space: Any) -> None:
         known = self._space(space).found
@@ -360,19 +361,15 @@ def _is_known(module: str) -> bool:
     return module.partition(".")[0] in KNOWN
 
 
+_CALLABLE = (
+    *(types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType),
+    *(types.WrapperDescriptorType, functools.partial, functools._lru_cache_wrapper),
+    *(torch._ops.OpOverload, torch._ops.OpOverloadPacket),
+)
+
+
 def _is_code(value: Any) -> bool:
-    return callable(value) and (
-        _code_of(value) is not None
-        or isinstance(
-            value,
-            (
-                *(types.BuiltinFunctionType, types.MethodType, functools.partial),
-                *(types.MethodDescriptorType, types.WrapperDescriptorType, torch._ops.OpOverload),
-                *(torch._ops.OpOverloadPacket, type(torch.relu)),
-            ),
-        )
-        or isinstance(value, functools._lru_cache_wrapper)
-    )
+    return callable(value) and (_code_of(value) is not None or isinstance(value, _CALLABLE))
 
 
 def _code_of(function: Any) -> types.CodeType | None:

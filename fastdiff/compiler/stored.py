@@ -1,8 +1,9 @@
 """Captured graphs on disk, so that the next process need not capture them.
 
 One file of JSON per graph in the folder ``graphs`` of `fastdiff.environment.cache_folder`, named
-after the `State` it was captured in. A file holds calls and where their inputs come from, no weights
-and no code: functions are named, and only those of PyTorch, ``operator`` and ``math`` that compute.
+after the `State` it was captured in. A file holds calls and where their inputs come from, no
+weights and no code: functions are named, and only those of PyTorch, ``operator`` and ``math`` that
+compute.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ def follow(steps: list[str | int], start: dict[str, Any]) -> Any:
 
 def _name_of_function(target: Any) -> str:
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
-    if isinstance(target, types.MethodDescriptorType) and target.__objclass__ is torch._C.TensorBase:
+    if (
+        isinstance(target, types.MethodDescriptorType)
+        and target.__objclass__ is torch._C.TensorBase
+    ):
         module = "torch.Tensor"
     text = f"{module}:{name}"
     if isinstance(target, torch._ops.OpOverload):
@@ -183,7 +187,9 @@ def encode(graph: fx.Graph, source: Callable[[fx.Node], str]) -> dict[str, Any]:
     for node in graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("example_value")):
             sizes = value.shape if isinstance(value, Tensor) else (value,)
-            if any(isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) for size in sizes):
+            if any(
+                isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) for size in sizes
+            ):
                 raise Unstorable("a shape depends on values")
         made: dict[str, Any] = {"op": node.op, "name": node.name}
         if node.op == "placeholder":
@@ -193,6 +199,8 @@ def encode(graph: fx.Graph, source: Callable[[fx.Node], str]) -> dict[str, Any]:
         elif node.op in ("call_function", "call_method"):
             function = node.op == "call_function"
             made["target"] = _name_of_function(node.target) if function else str(node.target)
+            if not function and made["target"].startswith("__"):
+                raise Unstorable(f"it calls {made['target']}")
             made["args"], made["kwargs"] = _encode(node.args), _encode(dict(node.kwargs))
             modules = [(key, where[0]) for key, where in _stack(node).items()]
             made["in"] = stacks.setdefault(json.dumps(modules), len(stacks))
@@ -233,7 +241,7 @@ def decode(data: dict[str, Any], start: dict[str, Any]) -> fx.GraphModule:
         else:
             args, kwargs = _decode(made["args"], nodes), _decode(made["kwargs"], nodes)
             method = made["op"] == "call_method"
-            target = _identifier(made["target"]) if method else _function(made["target"])
+            target: Any = _method(made["target"]) if method else _function(made["target"])
             if target is getattr and (len(args) < 2 or str(args[1]).startswith("__")):
                 raise ValueError(f"getattr may not have the arguments {args}")
             node = graph.create_node(made["op"], target, args, kwargs, name)
@@ -253,6 +261,12 @@ def _identifier(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"{name!r} is no name of a call")
     return name
+
+
+def _method(name: Any) -> str:
+    if _identifier(name).startswith("__"):
+        raise ValueError(f"{name} may not be called")
+    return str(name)
 
 
 def _source(steps: list[str | int]) -> str:
