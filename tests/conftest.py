@@ -13,6 +13,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another one has stored, nor what the user has."""
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def fresh_python(tmp_path: Path) -> Callable[..., str]:
     """fresh_python(*arguments, **environment): runs a new Python and gives what it printed.

@@ -17,8 +17,10 @@ from fastdiff.compiler.stored import Result
 if TYPE_CHECKING:
     from fastdiff.compiler.runner import Runner
 
-# A model that changes itself more often than that is not looked up any more.
+# A model that changes more often than that, or is looked at again more often, is left to PyTorch's
+# own guards: describing a large one takes a tenth of a second.
 MOST_STATES = 16
+MOST_LOOKS = 256
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
 
@@ -79,6 +81,7 @@ class Shelf:
         self._found: dict[str, Stored | None] = {}
         self._state: State | None = None
         self._now: Stored | None = None
+        self._looks = 0
         self._lock = threading.Lock()
         self._call = _Call()
         self.why_not = ""
@@ -87,11 +90,14 @@ class Shelf:
         """The graph that an earlier process captured for this call, if there is one."""
         call = self._call
         call.inputs, call.settings, call.state, call.captured = inputs, settings, None, 0
-        if len(self._found) > MOST_STATES or (self._found and not any(self._found.values())):
+        if self._found and not any(self._found.values()):
             return None  # captured in this process: PyTorch's own guards know when it is valid
+        if len(self._found) > MOST_STATES or self._looks > MOST_LOOKS:
+            return None
         with self._lock:
             if self._state is not None and self._state.unchanged():
                 return self._now
+            self._looks += 1
             start = {"model": model, "inputs": inputs}
             try:
                 self._state = call.state = State(model, inputs, settings)

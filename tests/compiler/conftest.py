@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test finds a graph that another one has stored."""
-    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(autouse=True)

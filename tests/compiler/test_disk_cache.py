@@ -267,6 +267,20 @@ def test_what_was_changed_back_is_found_again():
     assert report().captures == 1  # for the power of 3
 
 
+def test_a_model_that_always_changes_is_left_to_pytorch(monkeypatch):
+    from fastdiff.compiler import shelf
+
+    monkeypatch.setattr(shelf, "MOST_LOOKS", 4)
+    model, x, t = net()
+    compiled(model)
+    right = model(x, t)["sample"]
+    report = compiled(model)
+    for step in range(8):
+        model.config = {"shift": 1.0, "names": ["a", "b"]}
+        assert torch.equal(model(x, t)["sample"], right)
+        assert report().captures == (0 if step < 5 else 1)
+
+
 def test_settings_and_inputs_are_part_of_it():
     model, x, t = net()
     compiled(model)
