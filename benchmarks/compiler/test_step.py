@@ -1,0 +1,103 @@
+"""One step of whole denoisers in bf16 on a CPU, beside eager PyTorch and torch.compile.
+
+Taking turns: "eager", "eager channels last", with ``--with-compile`` "torch.compile" (channels
+last, weights frozen by Inductor: the fastest way we know), "fastdiff" and "fastdiff freeze". Each
+variant has a copy of the weights of its own and sees another sample and time in every call, as in a
+sampling run. Nothing is timed before its error against float32 was at most twice eager's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from denoisers import DENOISERS, result
+from timing import interleaved
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.testing import assert_within_2x
+
+pytest.importorskip("diffusers")
+SECONDS = 150.0
+CALLS = 64  # in a run; then the times begin again
+
+
+class Run:
+    """Calls a model as a sampling run does: the condition stays, sample and time do not."""
+
+    def __init__(self, model: Callable[..., Any], inputs: dict[str, Any], last: bool) -> None:
+        names = list(inputs)
+        self._model, self._inputs, self._sample, self._time = model, inputs, names[0], names[1]
+        form = torch.channels_last if last else torch.contiguous_format
+        self._samples = [
+            (inputs[self._sample] * (1 + i / 8)).contiguous(memory_format=form) for i in range(4)
+        ]
+        self._calls = 0
+
+    def __call__(self) -> Tensor:
+        call = self._calls % CALLS
+        self._calls += 1
+        inputs = {**self._inputs, self._sample: self._samples[call % 4]}
+        inputs[self._time] = self._inputs[self._time] * 0 + 999 - 15 * call
+        return result(self._model(**inputs))
+
+
+def variants(
+    model: nn.Module, inputs: dict[str, Any], with_compile: bool
+) -> dict[str, Callable[[], Tensor]]:
+    def last() -> Any:
+        found: Any = copy.deepcopy(model)
+        return found.to(memory_format=torch.channels_last)
+
+    found: dict[str, Callable[[], Tensor]] = {"eager": Run(model, inputs, False)}
+    if any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride
+           for module in model.modules()):  # fmt: skip
+        found["eager channels last"] = Run(last(), inputs, True)
+    if with_compile:
+        torch._inductor.config.freezing = True
+        found["torch.compile"] = Run(torch.compile(last(), dynamic=False), inputs, True)
+    plain, frozen = copy.deepcopy(model), copy.deepcopy(model)
+    found["fastdiff"] = Run(fastdiff.compile(plain), inputs, False)
+    found["fastdiff freeze"] = Run(fastdiff.compile(frozen, freeze=True), inputs, False)
+    return found
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit-xl-2"])
+@torch.no_grad()
+def test_step(
+    name: str, quick: bool, pytestconfig: pytest.Config, benchmark: Any, record: Any
+) -> None:
+    with_compile = bool(pytestconfig.getoption("--with-compile"))
+    name = "small" if quick else name
+    model, inputs = DENOISERS[name](torch.bfloat16)
+    functions = variants(model, inputs, with_compile)
+    exact = Run(
+        copy.deepcopy(model).float(),
+        {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()},
+        False,
+    )()
+    eager = Run(model, inputs, False)()
+    for variant, function in functions.items():
+        if variant.startswith("fastdiff"):
+            assert_within_2x(function(), exact, eager, what=variant)
+    del exact, eager
+
+    def measured() -> None:
+        budget = 2.0 if quick else SECONDS
+        timings = interleaved(functions, torch.device("cpu"), budget)
+        best = min(t.median for n, t in timings.items() if not n.startswith("fastdiff"))
+        row: dict[str, Any] = {"name": name, "dtype": "bfloat16", "rounds": {}, "seconds": {}}
+        row |= {"spread": {}, "times_eager": {}, "times_best_peer": {}}
+        for variant, timing in timings.items():
+            row["seconds"][variant] = timing.median
+            row["spread"][variant] = timing.spread
+            row["rounds"][variant] = len(timing.seconds)
+            row["times_eager"][variant] = timings["eager"].median / timing.median
+            row["times_best_peer"][variant] = best / timing.median
+        record("cpu", row)
+
+    benchmark.pedantic(measured, rounds=1)
