@@ -112,8 +112,10 @@ class _Dict:
     """A dictionary's keys and the objects in it, which are held, so that no id comes twice."""
 
     def __init__(self, watched: dict[Any, Any]) -> None:
-        self._dict, self._held = watched, list(watched.values())
-        self._keys, self._ids = list(watched), list(map(id, self._held))
+        self._dict, self._keys = watched, list(watched)
+        self._ids = list(map(id, watched.values()))
+        # But for what stands in for the model's call: that is who holds this.
+        self._held = [v for k, v in watched.items() if k != "_compiled_call_impl"]
 
     def unchanged(self) -> bool:
         return list(map(id, self._dict.values())) == self._ids and list(self._dict) == self._keys
