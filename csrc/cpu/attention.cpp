@@ -176,6 +176,8 @@ class Head {
     }
     if (keys_ % kKeys == 0) return;
     if (kPairs && keys_ % 2) pair(before, nullptr, staged++);
+    if (kTiles && staged % 2)  // the tiles of an odd number of units reach one further
+      std::memset(buffers_.stage + staged * wide_row_, 0, size_t(wide_row_) * 4);
     put_values(keys_ / kKeys);
   }
 
@@ -200,8 +202,8 @@ class Head {
       else
         std::memset(to, 0, size_t(row_) * 4);
     }
-    transpose(buffers_.stage, row_, padded, units_, reinterpret_cast<uint32_t*>(buffers_.queries),
-              kQueries);
+    transpose(buffers_.stage, row_, padded, kTiles ? int(row_) : units_,
+              reinterpret_cast<uint32_t*>(buffers_.queries), kQueries);
     for (int i = 0; i < kQueries; ++i) {
       buffers_.peak[i] = buffers_.limit[i] = -kInfinity;
       buffers_.used[i] = buffers_.total[i] = 0.0f;
@@ -240,6 +242,7 @@ class Head {
     for (int j = 0; j < vectors; ++j) soften(keys, j * kLanes);
     const unit* values = b.values + key / kKeys * wide_row_ * kKeyUnits;
     const int units = kPairs ? (keys + 1) / 2 : keys;
+    if (kTiles && units % 2) std::memset(b.weights + units * kQueries, 0, kQueries * 4);
     if (key == 0)
       multiply<false, false>(values, kKeyUnits, b.weights, width_, units, vectors, b.result,
                              nullptr);
@@ -420,6 +423,7 @@ void run(const Attention& args) {
       if (lse) lse += pair * (main->queries + extra->queries) + (is_main ? 0 : main->queries) + first;
       head.attend(segment, first, int(left < kQueries ? left : kQueries), lse);
     }
+    release_tiles();
   });
 }
 
