@@ -22,7 +22,7 @@ struct AttentionSegment {
 
 struct Attention {
   AttentionSegment segments[2];
-  const uint8_t* valid = nullptr;  // [batch, keys of both segments], 0 for keys to leave out; or null
+  const uint8_t* valid = nullptr;  // [batch, keys of both segments], 0: left out; or null
   float* lse = nullptr;            // [batch, heads, queries of both segments], or null
   int64_t batch, heads, width;
   double scale;

@@ -1,7 +1,7 @@
 // The matrix products of attention: C[rows][64] (+)= A[rows][units] B[units][64], in fp32.
 //
 // A unit is 4 bytes of A and of B: one float, or two neighbouring bf16 of the dimension that is
-// summed over. The 64 columns are queries; a row is a key (scores) or a column of v (result). So one
+// summed over. The 64 columns are queries; a row is a key (scores) or a column of v (result). One
 // routine serves both products and nothing is padded: heads of any width, any number of keys.
 #pragma once
 
@@ -189,13 +189,14 @@ void columns(const unit* a, int64_t a_row, const unit* b, int rows, int units, f
 template <bool kAdd, bool kPeak>
 FASTDIFF_INLINE void multiply(const unit* a, int64_t a_row, const unit* b, int rows, int units,
                               int vectors, float* c, float* peak) {
+  constexpr int kThree = kWide < 3 ? kWide : 3;
   for (int j = 0; j < vectors; j += kWide) {
     const int at = j * kLanes;
     float* top = kPeak ? peak + at : nullptr;
     switch (vectors - j < kWide ? vectors - j : kWide) {
       case 1: columns<1, kAdd, kPeak>(a, a_row, b + at, rows, units, c + at, top); break;
       case 2: columns<2, kAdd, kPeak>(a, a_row, b + at, rows, units, c + at, top); break;
-      case 3: columns<kWide < 3 ? 2 : 3, kAdd, kPeak>(a, a_row, b + at, rows, units, c + at, top); break;
+      case 3: columns<kThree, kAdd, kPeak>(a, a_row, b + at, rows, units, c + at, top); break;
       default: columns<kWide, kAdd, kPeak>(a, a_row, b + at, rows, units, c + at, top);
     }
   }

@@ -18,7 +18,8 @@ static float draw() {  // in (-2, 2)
   return float(state >> 8) / float(1 << 22) - 2.0f;
 }
 
-static int compare(int batch, int heads, int queries, int keys, int width, bool masked, int threads) {
+static int compare(int batch, int heads, int queries, int keys, int width, bool masked,
+                   int threads) {
   const auto fill = [](size_t n) {
     std::vector<bf16_t> x(n);
     for (auto& value : x) value = to_bf16(draw());
@@ -76,15 +77,15 @@ static int compare(int batch, int heads, int queries, int keys, int width, bool 
           for (int j = 0; j < keys; ++j)
             right += weight[size_t(j)] * double(to_float(v[place(j, keys) + size_t(d)]));
           right = total > 0 ? right / total : 0;
-          const double error = std::fabs(double(to_float(out[place(i, queries) + size_t(d)])) - right);
-          worst = std::fmax(worst, error);
+          const double mine = to_float(out[place(i, queries) + size_t(d)]);
+          worst = std::fmax(worst, std::fabs(mine - right));
         }
         const double right = std::log(total);
         const size_t at = (size_t(b) * size_t(heads) + size_t(h)) * size_t(queries) + size_t(i);
         if (args.lse && total > 0) worst_lse = std::fmax(worst_lse, std::fabs(lse[at] - right));
       }
-  // |v| < 2: rounding the weights costs at most 2^-8, rounding the result another 2^-8, fp32 next to
-  // nothing. Scores are below 64: lse is as exact as a float of that size.
+  // |v| < 2: rounding the weights costs at most 2^-8, rounding the result another 2^-8, fp32 next
+  // to nothing. Scores are below 64: lse is as exact as a float of that size.
   const bool fine = worst < 0x1p-7 * 1.001 && worst_lse < 0x1p-17;
   if (!fine)
     std::printf("%dx%dx%dx%d, %d keys%s: out off by %g, lse by %g\n", batch, queries, heads, width,
