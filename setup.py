@@ -47,6 +47,13 @@ X86_VARIANTS = {
         "-mprefer-vector-width=512",
     ],
 }
+# Attention is compiled for two more, whose dot products take bf16: GCC 11 or clang 12 know both.
+_BF16 = [*X86_VARIANTS["isa_avx512"], "-mavx512bf16"]
+X86_BF16_VARIANTS = {
+    "isa_avx512bf16": _BF16,
+    "isa_amx": [*_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+BF16_SOURCES = ("attention",)
 # What each toolkit does not know is left out; the newest one also goes in as PTX, for GPUs to come.
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100)
 
@@ -64,6 +71,19 @@ def find_compiler() -> list[str]:
     raise BuildUnavailable(
         "no C++ compiler found (tried $CXX, c++, g++, clang++): install g++ or clang"
     )
+
+
+def knows_bf16(compiler: list[str]) -> bool:
+    """Whether the compiler has the options of ``X86_BF16_VARIANTS``."""
+    options = [flag for flags in X86_BF16_VARIANTS.values() for flag in flags]
+    command = [*compiler, *dict.fromkeys(options), "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def variants_of(source: Path, with_bf16: bool) -> dict[str, list[str]]:
+    """The instruction sets that a file of csrc/cpu is compiled for on x86, with their flags."""
+    more = X86_BF16_VARIANTS if with_bf16 and source.stem in BF16_SOURCES else {}
+    return {**X86_VARIANTS, **more}
 
 
 def find_ninja() -> str:
@@ -121,12 +141,15 @@ def quote(text: str | Path) -> str:
 
 def ninja_file(target: Path, nvcc: Path | None) -> str:
     """The build of ``target`` as ninja rules; absolute paths, objects beside the file."""
-    compiler = " ".join(find_compiler())
+    command = find_compiler()
+    compiler = " ".join(command)
     python_include = sysconfig.get_paths()["include"]
     includes = f'-I"{ROOT / "csrc"}" -isystem "{find_pybind11()}" -isystem "{python_include}"'
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    variants = X86_VARIANTS if is_x86 else {"isa_base": []}
+    with_bf16 = is_x86 and knows_bf16(command)
     defines = ["-DFASTDIFF_X86_VARIANTS"] if is_x86 else []
+    if with_bf16:
+        defines.append("-DFASTDIFF_BF16_VARIANTS")
     if nvcc:
         defines.append("-DFASTDIFF_WITH_CUDA")
     flags = " ".join([*BASE_FLAGS, *defines])
@@ -155,6 +178,7 @@ def ninja_file(target: Path, nvcc: Path | None) -> str:
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         compile_with("cxx", source, f"{source.stem}.o")
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        variants = variants_of(source, with_bf16) if is_x86 else {"isa_base": []}
         for name, isa_flags in variants.items():
             isa = " ".join([f"-DFASTDIFF_ISA={name}", *isa_flags])
             compile_with("cxx", source, f"{source.stem}.{name}.o", isa)

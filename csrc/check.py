@@ -117,11 +117,14 @@ def check_isa(build: ModuleType) -> list[str]:
     compiler = build.find_compiler()
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     base = [*build.BASE_FLAGS, "-DFASTDIFF_X86_VARIANTS"]
+    with_bf16 = build.knows_bf16(compiler)
+    if not with_bf16:
+        print(f"note: {compiler[0]} does not know {' and '.join(build.X86_BF16_VARIANTS)}")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [
             pool.submit(foreign_symbols, compiler, [*base, *flags], source, isa, Path(folder))
             for source in sources
-            for isa, flags in build.X86_VARIANTS.items()
+            for isa, flags in build.variants_of(source, with_bf16).items()
             if isa != "isa_base"
         ]
         return [text for job in jobs for text in job.result()]

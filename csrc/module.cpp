@@ -9,6 +9,7 @@
 
 namespace py = pybind11;
 
+void bind_attention(py::module_& module);
 void bind_gated(py::module_& module);
 void bind_group_norm_silu(py::module_& module);
 void bind_rows(py::module_& module);
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("with_cuda") = false;
 #endif
+  bind_attention(module);
   bind_gated(module);
   bind_group_norm_silu(module);
   bind_rows(module);

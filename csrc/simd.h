@@ -359,19 +359,17 @@ FASTDIFF_INLINE void exp_negative(const vfloat (&x)[N], vfloat (&power)[N]) {
   for (int i = 0; i < N; ++i) power[i] = scale_by_power(power[i], n[i]);
 }
 
-// exp(-x) for results that are rounded to 16 bits: relative error below 4e-6 for |x| < 20 (the
-// minimax polynomial of degree 4 for 2^r, |r| <= 1/2).
+// 2^r for results that are rounded to 16 bits: relative error below 4e-6 for |r| < 28 (the minimax
+// polynomial of degree 4 over |r| <= 1/2). Without AVX-512 it stays within 2^-126 and 2^127.5.
 template <int N>
-FASTDIFF_INLINE void exp_negative_short(const vfloat (&x)[N], vfloat (&power)[N]) {
+FASTDIFF_INLINE void power_of_two_short(vfloat (&r)[N], vfloat (&power)[N]) {
   const float coefficients[] = {0x1.c9fc46p-5f, 0x1.ec0378p-3f, 0x1.62e12cp-1f, 1.0f};
-  vfloat n[N], r[N];
+  vfloat n[N];
 #if defined(__AVX512F__)
-  for (int i = 0; i < N; ++i) r[i] = x[i] * splat(-0x1.715476p+0f);
   for (int i = 0; i < N; ++i) n[i] = round_even(r[i]);
   for (int i = 0; i < N; ++i) r[i] = _mm512_reduce_ps(r[i], 0x08);  // r - n, 0 for infinite r
 #else
-  for (int i = 0; i < N; ++i) r[i] = maximum(splat(-88.37f), minimum(splat(87.33f), x[i]));
-  for (int i = 0; i < N; ++i) r[i] = r[i] * splat(-0x1.715476p+0f);
+  for (int i = 0; i < N; ++i) r[i] = maximum(splat(-125.99f), minimum(splat(127.49f), r[i]));
   for (int i = 0; i < N; ++i) n[i] = round_even(r[i]);
   for (int i = 0; i < N; ++i) r[i] = r[i] - n[i];
 #endif
@@ -379,6 +377,14 @@ FASTDIFF_INLINE void exp_negative_short(const vfloat (&x)[N], vfloat (&power)[N]
   for (const float c : coefficients)
     for (int i = 0; i < N; ++i) power[i] = fma(power[i], r[i], splat(c));
   for (int i = 0; i < N; ++i) power[i] = scale_by_power(power[i], n[i]);
+}
+
+// exp(-x), as power_of_two_short.
+template <int N>
+FASTDIFF_INLINE void exp_negative_short(const vfloat (&x)[N], vfloat (&power)[N]) {
+  vfloat r[N];
+  for (int i = 0; i < N; ++i) r[i] = x[i] * splat(-0x1.715476p+0f);
+  power_of_two_short(r, power);
 }
 
 // x becomes SiLU(x) = x / (1 + exp(-x)), accurate enough for a result of type T.

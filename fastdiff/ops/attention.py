@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from fastdiff._ext import DTYPE_CODES, ext, ext_status
 from fastdiff.environment import interpreting
 from fastdiff.ops._attention_arguments import Arguments, check, wide
 from fastdiff.ops._attention_cases import EXAMPLES, SAMPLES
@@ -127,6 +128,9 @@ def pattern(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
 # Without a mask torch's CPU kernel gives 0, not NaN, for a query that is NaN when the keys fill no
 # vector register: 16 of them in float32 with AVX-512, fewer elsewhere (seen in torch 2.13).
 CPU_SDPA_KEYS = 16
+CPP_WIDTH = 1024  # the largest head of the C++ kernel
+# It computes 16 queries at a time (8 or 4 without AVX-512), however few there are.
+CPP_QUERIES = 16
 
 
 def _sdpa_supports(*args: Any, **kwargs: Any) -> str:
@@ -146,6 +150,53 @@ def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     mask = None if valid is None else valid[:, None, None]
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.factor)
     return call.parted(out, None)
+
+
+def _cpp_supports(*args: Any, **kwargs: Any) -> str:
+    call = Arguments(*args, **kwargs)
+    q = call.q
+    if q.device.type != "cpu":
+        return f"it computes on the CPU, q is on {q.device}"
+    if q.dtype not in DTYPE_CODES or q.dtype == torch.float64:
+        return f"q is {q.dtype}; the kernel takes float32, float16 and bfloat16"
+    if q.shape[-1] > CPP_WIDTH:
+        return f"the head dimension is {q.shape[-1]}; the kernel takes up to {CPP_WIDTH}"
+    for name in ("q", "k", "v", "extra_q", "extra_k", "extra_v"):
+        tensor = getattr(call, name)
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name} has stride {tensor.stride(-1)} along its last dimension, not 1"
+    return ext_status()
+
+
+def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ kernel; norm and rotation come before it, in plain PyTorch."""
+    call = Arguments(*args, **kwargs)
+    out, extra_out, lse = fake(*args, **kwargs)
+    batch, _, heads, width = call.q.shape
+    valid = call.valid_keys()
+    valid = None if valid is None else valid.contiguous()
+
+    def ready(x: Tensor | None, weight: Tensor | None, extra: bool) -> Tensor | None:
+        cos, sin = (call.extra_cos, call.extra_sin) if extra else (call.cos, call.sin)
+        return None if x is None else _ready(x, weight, cos, sin, call.norm, call.eps)
+
+    tensors = (
+        *(ready(call.q, call.q_weight, False), ready(call.k, call.k_weight, False), call.v, out),
+        *(ready(call.extra_q, call.extra_q_weight, True),),
+        *(ready(call.extra_k, call.extra_k_weight, True), call.extra_v),
+        None if call.extra_q is None else extra_out,
+    )
+    rows = [
+        [0] * 4 if t is None else [t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)]
+        for t in tensors
+    ]
+    ext().attention(  # type: ignore[union-attr]
+        *(rows, call.q.shape[1], call.k.shape[1]),
+        *(call.queries - call.q.shape[1], call.keys - call.k.shape[1]),
+        *(0 if valid is None else valid.data_ptr(), lse.data_ptr() if call.return_lse else 0),
+        *(batch, heads, width, call.factor, DTYPE_CODES[call.q.dtype], torch.get_num_threads()),
+    )
+    return out, extra_out, lse
 
 
 def _triton_supports(*args: Any, **kwargs: Any) -> str:
@@ -247,7 +298,7 @@ def prefer(*args: Any, **kwargs: Any) -> str:
     """The implementation that "auto" tries first for a call."""
     call = Arguments(*args, **kwargs)
     if call.q.device.type != "cuda":
-        return "sdpa"
+        return "cpp" if call.queries >= CPP_QUERIES else "sdpa"
     fused = call.extra_k is not None or call.norm != "none" or call.cos is not None
     if MEASURED:
         major, minor = torch.cuda.get_device_capability(call.q.device)
@@ -300,6 +351,7 @@ OP = register(
         fake=fake,
         implementations=(
             Implementation("triton", _triton_supports, _triton),
+            Implementation("cpp", _cpp_supports, _cpp),
             Implementation("sdpa", _sdpa_supports, _sdpa),
         ),
         examples=EXAMPLES,
@@ -351,7 +403,7 @@ def attention(
         x * cos + (-x[1], x[0], -x[3], x[2], ...) * sin. extra_cos, extra_sin: the same for the
         second segment; without them it is not rotated. Weights and tables: q's dtype or float32.
     scale: positive; D ** -0.5 by default.
-    impl: "auto", "triton", "sdpa" (torch, any backend) or "reference".
+    impl: "auto", "triton", "cpp" (CPU), "sdpa" (torch, any backend) or "reference".
 
     Returns out [B, Sq, H, D], or a tuple of it, extra_out [B, extra Sq, H, D] if there is extra_q,
     and, with return_lse, the log-sum-exp [B, H, Sq + extra Sq], float32 or wider (-inf for an image

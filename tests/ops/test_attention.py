@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fastdiff._ext import ext
 from fastdiff.ops import attention
 from fastdiff.ops._contract import outputs
 from fastdiff.ops.attention import MEASURED, OP, Arguments, Route, prefer, reference
@@ -132,9 +133,11 @@ def test_results_come_as_asked() -> None:
     assert isinstance(one, torch.Tensor)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "cpp"])
 def test_an_image_without_keys_gives_zero(impl: str) -> None:
     q, k, v = (random(2, 20, 1, 8, seed=s).float().requires_grad_() for s in range(3))
+    if OP.why_not(impl, q, k, v):
+        pytest.skip(OP.why_not(impl, q, k, v))
     lengths = torch.tensor([0, 20])
     out = attention(q, k, v, key_lengths=lengths, impl=impl)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
@@ -185,7 +188,9 @@ def test_routes() -> None:
     assert route(64, extra_k=extra, extra_v=extra) == "triton"
     assert route(64, norm="rms") == "triton"
     assert route(128, cos=T, sin=T) == "triton"
-    assert prefer(X, X, X, norm="rms") == "sdpa"
+    assert prefer(X, X, X, norm="rms") == "sdpa", "three queries"
+    many = random(1, 16, 1, 8)
+    assert prefer(many, X, X, norm="rms") == "cpp"
 
 
 def test_a_measured_route_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,12 +209,29 @@ def test_a_measured_route_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prefer(*[OnGpu()] * 3) == "sdpa"
 
 
-def test_auto_on_the_cpu_is_sdpa_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(ext() is None, reason="needs the extension")
+def test_auto_on_the_cpu_is_the_kernel_where_it_is_faster() -> None:
+    q = random(1, 20, 1, 8).float()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = q.to(dtype)
+        assert OP.choose("auto", x, x, x).__name__ == "_cpp"
+    assert OP.choose("auto", q, q, q, return_lse=True).__name__ == "_cpp"
+    assert OP.choose("auto", q[:, :15], q, q).__name__ == "_sdpa", "vectors of queries half empty"
+    double = q.double()
+    assert OP.choose("auto", double, double, double).__name__ == "_sdpa"
+    across = random(1, 8, 1, 20).float().transpose(1, 3)
+    assert OP.why_not("cpp", q, across, q) == "k has stride 20 along its last dimension, not 1"
+
+
+def test_auto_on_the_cpu_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fastdiff.ops.attention"], "ext_status", lambda: "not built")
     q = random(1, 20, 1, 8).float()
     assert OP.choose("auto", q, q, q).__name__ == "_sdpa"
     assert OP.choose("auto", q, q, q, return_lse=True) is reference
     few = q[:, :15]
     assert OP.choose("auto", q, few, few) is reference, "torch's CPU kernel hides NaN there"
+    with pytest.raises(RuntimeError, match="not built"):
+        OP.choose("cpp", q, q, q)
 
 
 def test_launch_policy_is_compiled_and_covers() -> None:
