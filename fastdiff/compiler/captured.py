@@ -23,6 +23,7 @@ from fastdiff.compiler.passes import passes_for
 from fastdiff.compiler.passes.quantize import Quantize
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
+from fastdiff.compiler.schedule import Schedule
 from fastdiff.compiler.split import Program, split
 from fastdiff.compiler.tidy import tidy
 from fastdiff.compiler.waterfall import calls_of
@@ -71,7 +72,10 @@ class Entry:
         compiled = partial(torch.compile, own, backend=backend, dynamic=False)
         self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
+    def __call__(
+        self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None, pieces: bool = True
+    ) -> Any:
+        """pieces: False returns None, with nothing run, where there is no one graph."""
         if not self.runners:
             self._started = time.perf_counter()
         if not self.why_pieces:
@@ -85,7 +89,7 @@ class Entry:
                 # comes out of that too.
                 self.why_pieces = first_line(error)
                 self._begin()
-        return self._pieces(model, inputs, cast)
+        return self._pieces(model, inputs, cast) if pieces else None
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
         owner = self._owner()
@@ -205,6 +209,8 @@ class Graph:
             last,
             options.freeze,
         )
+        self.runner.why_whole = self.why_whole
+        self.schedule = Schedule(self.runner)
         self._seconds = seconds + time.perf_counter() - started
 
     def finished(self) -> GraphReport:
@@ -230,6 +236,7 @@ class Graph:
             dict(self._why_unfused),
             dict(self._calls),
             self._half,
+            self.schedule.facts(),
         )
 
 

@@ -1,0 +1,636 @@
+"""``fastdiff.sample`` of a compiled model as replays of one recorded step.
+
+Without a GPU the recorder is that of trajectories.py: the step runs again on the same memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from denoisers import made
+from torch import Tensor, nn
+from trajectories import Again, Tiny, labels, tiny
+
+import fastdiff
+from fastdiff import compiler
+from fastdiff.compiler.cuda_graphs import CudaReplay, raw_exec
+from fastdiff.sampling import Clip, Guidance
+from fastdiff.sampling.captured import Trajectory
+from fastdiff.solvers import Row, SolverTable, Update, make_table
+
+SHAPE = (2, 4, 8, 8)
+SOLVERS = ["dpmpp_2m", "unipc", "euler_ancestral", "ddim", "euler", "ddpm", "lcm", "heun", "pndm"]
+
+
+def draw(model: Any, y: int = 0, scale: float = 3.0, **options: Any) -> Tensor:
+    options = {"solver": "dpmpp_2m", "steps": 6, "seed": 3, **options}
+    if not isinstance(options["solver"], SolverTable):
+        options["schedule"] = "scaled_linear"
+    if "generator" in options:
+        del options["seed"]
+    condition = {"y": labels(y)}
+    uncond = {"y": torch.zeros(2, 6)}
+    return fastdiff.sample(
+        model, SHAPE, cond=condition, uncond=uncond, guidance_scale=scale, **options
+    )
+
+
+@pytest.fixture
+def recorder() -> Again:
+    return Again()
+
+
+def prepared(recorder: Again, model: nn.Module | None = None, **options: Any) -> Any:
+    model = compiler.compile(tiny() if model is None else model, **options)
+    model._compiled_call_impl.pool.recorder = recorder
+    return model
+
+
+def graphs(model: Any) -> dict[str, Any]:
+    every = [g.cuda_graphs.items() for g in compiler.report(model).graphs]
+    return {f"{i} {n}": facts for i, graph in enumerate(every) for n, facts in graph}
+
+
+def recordings(model: Any) -> int:
+    return sum(f["recordings"] for name, f in graphs(model).items() if "trajectory" in name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_replayed_run_is_the_run_step_by_step(recorder, solver, scale):
+    model = prepared(recorder)
+    plain = draw(tiny(), solver=solver, scale=scale)
+    replayed = draw(model, solver=solver, scale=scale, engine="graph")
+    assert torch.equal(replayed, draw(model, solver=solver, scale=scale, engine="reference"))
+    torch.testing.assert_close(replayed, plain)
+    assert recordings(model) == 1
+    assert recorder.launches[0] == graphs(model)["0 trajectory"]["replays"]  # at once
+
+
+def test_other_seeds_steps_prompts_schedules_and_solvers_need_no_recording(recorder):
+    model = prepared(recorder)
+    draw(model, solver="unipc", engine="graph")
+    runs: list[dict[str, Any]] = [
+        {"seed": 8},
+        {"seed": [9, 2**63 + 1]},
+        {"steps": 3},
+        {"steps": 40},
+        {"y": 1},
+        {"scale": 7.5},
+        {"solver": "euler"},
+        {"solver": "euler_ancestral", "seed": 1},
+        {"x": torch.ones(SHAPE)},
+        {"init": torch.ones(SHAPE), "strength": 0.5},
+    ]
+    for options in runs:
+        right = draw(model, engine="reference", **options)
+        assert torch.equal(draw(model, engine="graph", **options), right), options
+    assert (
+        recordings(model) == 2
+    )  # Euler's times are no whole numbers: the model's is another graph
+    # More rows than there is room for: other tables, so another recording; then none.
+    for steps in (70, 90, 20):
+        right = draw(model, engine="reference", steps=steps)
+        assert torch.equal(draw(model, engine="graph", steps=steps), right)
+    assert recordings(model) == 3
+
+
+def test_an_image_does_not_depend_on_its_batch(recorder):
+    model = prepared(recorder)
+
+    def one(seed: list[int]) -> Tensor:
+        x = (len(seed), *SHAPE[1:])
+        y = {"y": labels(0)[:1].expand(len(seed), -1)}
+        return fastdiff.sample(
+            model, x, solver="ddpm", steps=5, schedule="linear", seed=seed, cond=y, engine="graph"
+        )
+
+    both, alone = one([4, 11]), one([11])
+    torch.testing.assert_close(both[1:], alone)
+    assert not torch.allclose(both[:1], alone, atol=0.1)
+
+
+def test_rows_without_a_model_are_solver_steps_alone(recorder):
+    def row(time: float, value: float) -> Row:
+        update = Update(0, (0.75, 0.0), -0.25, 0.5)
+        return Row(0, time, 0.5, 0.0, value, (update,), draw=3 - int(time) // 100)
+
+    rows = (row(300, 1.0), row(200, 0.0), row(100, 1.0), row(0, 1.0))
+    table = SolverTable("gaps", 2, rows, num_draws=4)
+    model = prepared(recorder)
+    replayed = draw(model, solver=table, scale=1.0, engine="graph")
+    assert recorder.launches == [1, 2]
+    assert torch.equal(replayed, draw(model, solver=table, scale=1.0, engine="reference"))
+
+
+def test_a_run_goes_on_where_it_was_interrupted(recorder):
+    model = prepared(recorder)
+    states: list[Any] = []
+
+    def stop(info: Any) -> bool:
+        states.append(info.capture())
+        return info.index < 2
+
+    whole = draw(model, solver="unipc", engine="graph")
+    draw(model, solver="unipc", callback=stop)
+    rest = fastdiff.sample(
+        model,
+        resume=states[-1],
+        cond={"y": labels(0)},
+        uncond={"y": torch.zeros(2, 6)},
+        guidance_scale=3.0,
+        engine="graph",
+    )
+    torch.testing.assert_close(rest, whole)
+    assert recorder.launches[0] == 6
+    assert recorder.launches[-1] == 3
+
+
+@pytest.mark.parametrize("write", ["in place", "through data", "elsewhere", "state dict"])
+def test_changed_weights_are_seen(recorder, write):
+    model, other = prepared(recorder), tiny(seed=1)
+    before = draw(model, engine="graph")
+    with torch.no_grad():
+        if write == "state dict":
+            model.load_state_dict(other.state_dict())
+        else:
+            for mine, new in zip(model.parameters(), other.parameters(), strict=True):
+                if write == "in place":
+                    mine.copy_(new)
+                elif write == "through data":
+                    mine.data.copy_(new)
+                else:
+                    mine.data = new.data.clone()
+    after = draw(model, engine="graph")
+    torch.testing.assert_close(after, draw(other))
+    assert not torch.allclose(before, after)
+    assert recordings(model) == 1 + (write == "elsewhere")
+
+
+def test_adapters_that_come_change_and_go_are_seen(recorder):
+    peft = pytest.importorskip("peft")
+    model = prepared(recorder)
+    base = draw(model, engine="graph")
+    config = peft.LoraConfig(r=2, target_modules=["label", "text"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    with_adapter = draw(model, engine="graph")
+    assert not torch.allclose(with_adapter, base)
+    assert torch.equal(with_adapter, draw(model, engine="reference"))
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 0.25)
+    scaled = draw(model, engine="graph")
+    assert not torch.allclose(scaled, with_adapter)
+    assert torch.equal(scaled, draw(model, engine="reference"))
+
+
+@pytest.mark.parametrize("name", ["unet", "sdxl", "zoo_dit"])
+def test_real_architectures(recorder, name):
+    model, inputs = made(name)
+    model.eval()
+    first = inputs(0)
+    names = {"sample", "hidden_states", "x"}
+    x = next(first.pop(n) for n in names if n in first)
+    time = next(n for n in ("timestep", "t") if n in first)
+    del first[time]
+    options: dict[str, Any] = {"solver": "euler_ancestral", "steps": 4, "seed": 1}
+    options |= {"schedule": "scaled_linear", "cond": first, "drop_variance": True}
+
+    def run(**more: Any) -> Tensor:
+        return fastdiff.sample(model, tuple(x.shape), **options, **more)
+
+    right = run()
+    prepared(recorder, model)
+    replayed = run(engine="graph")
+    torch.testing.assert_close(replayed, right, rtol=1e-3, atol=1e-3 * float(right.abs().max()))
+    assert torch.equal(replayed, run(engine="reference"))
+    assert recordings(model) == 1
+    (graph,) = compiler.report(model).graphs
+    assert graph.schedule["why_not"] == ""
+    assert graph.schedule["together"] >= 4
+    assert graph.schedule["alone"] == 0
+
+
+class Breaks(Tiny):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        result = super().forward(x, t, y)
+        torch._dynamo.graph_break()
+        return result * 0.5
+
+
+class Reads(Tiny):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, t, y) * float(y[0, 0].item())
+
+
+class Noisy(Tiny):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, t, y) + torch.randn_like(x)
+
+
+REASONS: dict[str, tuple[dict[str, Any], str]] = {
+    "callback": ({"callback": lambda info: True}, "a callback or a progress bar"),
+    "progress": ({"progress": True}, "a callback or a progress bar"),
+    "hook": ({"hooks": [Clip(2.0)]}, "hooks: Clip"),
+    "rescale": ({"guidance": Guidance(3.0, rescale=0.5), "scale": 1.0}, "guidance: rescale"),
+    "two calls": (
+        {"guidance": Guidance(3.0, batched=False), "scale": 1.0},
+        "guidance: batched=False",
+    ),
+    "interval": (
+        {"guidance": Guidance(3.0, interval=(0.5, 3.0)), "scale": 1.0},
+        "guidance: rows without guidance",
+    ),
+    "generator": (
+        {"solver": "ddpm", "generator": torch.Generator()},
+        "its noise comes from torch generators",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_looks_between_the_steps_breaks_out(recorder, name):
+    options, reason = REASONS[name]
+    model = prepared(recorder)
+    right = draw(tiny(), **options)
+    if "generator" in options:
+        options["generator"].manual_seed(0)
+        right = draw(tiny(), **options)
+        options["generator"].manual_seed(0)
+    torch.testing.assert_close(draw(model, **options), right)
+    assert recordings(model) == 0
+    ((said, count),) = compiler.report(model).stepwise.items()
+    assert said.startswith(reason)
+    assert count == 1
+    assert f"sampled step by step 1 times: {reason}" in str(compiler.report(model))
+    with pytest.raises(RuntimeError, match=f"engine='graph' cannot run: {reason}"):
+        draw(model, **options, engine="graph")
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (Breaks, "it is captured in pieces"),
+        (Noisy, "it draws random numbers"),
+        (Tiny, "the model is in training mode"),
+    ],
+)
+def test_models_that_no_recording_holds_run_as_they_are(recorder, made, reason):
+    torch.manual_seed(0)
+    model = prepared(recorder, made().eval())
+    if made is Tiny:
+        model.train()
+    with torch.no_grad():
+        torch.manual_seed(5)
+        result = draw(model)
+        torch.manual_seed(5)
+        compiler.uncompile(model)
+        torch.testing.assert_close(result, draw(model))
+        prepared(recorder, model)
+        with pytest.raises(RuntimeError, match=reason):
+            draw(model, engine="graph")
+    assert recordings(model) == 0
+
+
+def test_a_number_that_the_prompt_gives_is_part_of_the_recording(recorder):
+    torch.manual_seed(0)
+    model = Reads().eval()
+    right = {y: draw(model, y=y, scale=1.0) for y in range(2)}
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        prepared(recorder, model)
+        for y in (0, 1, 0):
+            torch.testing.assert_close(draw(model, y=y, scale=1.0, engine="graph"), right[y])
+
+
+def test_models_that_are_not_compiled_say_so():
+    for model in (tiny(), lambda x, t, y: x):
+        with pytest.raises(RuntimeError, match="not one that fastdiff"):
+            draw(model, engine="graph")
+
+
+def test_options_and_devices_that_record_nothing(recorder):
+    model = prepared(recorder)
+    model._compiled_call_impl.pool = None
+    with pytest.raises(RuntimeError, match="cuda_graphs=False"):
+        draw(model, engine="graph")
+    model = compiler.compile(tiny())
+    with pytest.raises(RuntimeError, match="not on a CUDA device"):
+        draw(model, engine="graph")
+    tight = prepared(recorder, max_graph_bytes=1000)
+    with pytest.raises(RuntimeError, match="more than max_graph_bytes"):
+        draw(tight, engine="graph")
+
+
+def test_a_recording_that_fails_leaves_the_model_usable(recorder):
+    model = prepared(recorder)
+    recorder.fail = True
+    torch.testing.assert_close(draw(model), draw(tiny()))
+    why = "recording failed: RuntimeError: operation not permitted"
+    assert list(compiler.report(model).stepwise) == [why]
+    assert graphs(model)["0 trajectory"]["bytes"] == 0
+
+
+def test_what_the_model_raises_comes_out(recorder):
+    model = prepared(recorder)
+    with pytest.raises(TypeError, match="missing a required argument"):
+        fastdiff.sample(model, SHAPE, schedule="linear", steps=2, seed=0)
+    assert torch.equal(draw(model, engine="graph"), draw(model, engine="reference"))
+
+
+def test_memory_is_bounded_and_freed(recorder):
+    recorder.size = 10_000_000
+    model = prepared(recorder, max_graph_bytes=25_000_000)
+    pool = model._compiled_call_impl.pool
+    for batch in (1, 2, 3, 1, 3):
+        x = torch.ones(batch, *SHAPE[1:])
+        options: dict[str, Any] = {"solver": "ddim", "steps": 3, "schedule": "linear"}
+        options |= {"x": x, "cond": {"y": labels(0)[:1]}}
+        right = fastdiff.sample(tiny(), **options)
+        torch.testing.assert_close(fastdiff.sample(model, engine="graph", **options), right)
+        assert pool.nbytes() <= 25_000_000
+    assert recordings(model) == 4  # the first one went, and came again
+    trajectories = [weakref.ref(t) for t in model._compiled_call_impl.trajectories.values()]
+    assert len(trajectories) == 3
+    compiler.uncompile(model)
+    assert pool.nbytes() == 0
+    gc.collect()
+    assert all(t() is None for t in trajectories)
+
+
+def test_shapes_beyond_max_graphs_go(recorder):
+    model = prepared(recorder, max_graphs=2)
+    for batch in (1, 2, 3, 4):
+        x = torch.ones(batch, *SHAPE[1:])
+        cond = {"y": labels(0)[:1]}
+        fastdiff.sample(
+            model, x=x, steps=2, schedule="linear", cond=cond, solver="ddim", engine="graph"
+        )
+    kept = model._compiled_call_impl.trajectories
+    assert len(kept) == 2
+    assert model._compiled_call_impl.pool.nbytes() == sum(t.nbytes for t in kept.values()) > 0
+
+
+def test_two_threads_run_one_recording(recorder):
+    model = prepared(recorder)
+    right = {seed: draw(model, seed=seed, y=seed) for seed in range(2)}
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for _ in range(5):
+            if not torch.equal(draw(model, seed=seed, y=seed), right[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert recordings(model) == 1
+
+
+def test_under_inference_mode(recorder):
+    model = prepared(recorder)
+    right = draw(tiny())
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(draw(model, engine="graph"), right)
+    torch.testing.assert_close(draw(model, engine="graph"), right)
+
+
+# --- The schedule's results for all steps at once, where the steps are calls.
+
+
+def counted(model: Any) -> dict[str, int]:
+    """Program -> how often it has run since, in the graph that was captured last."""
+    entry = next(reversed(model._compiled_call_impl._entries.values()))
+    runs: dict[str, int] = {}
+
+    def wrapped(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def go(*values: Any) -> Any:
+            runs[name] = runs.get(name, 0) + 1
+            return run(*values)
+
+        return go
+
+    (runner,) = entry.runners
+    for kept in runner.kept:
+        kept.run = wrapped(kept.program.name, kept.run)
+        runner.plain[kept.program.name] = kept.run
+    for graph in entry.graphs:
+        graph.schedule.why_not = ""
+    return runs
+
+
+def test_on_a_cpu_the_schedule_runs_before_the_steps():
+    model = compiler.compile(tiny())
+    torch.testing.assert_close(draw(model, steps=7), draw(tiny(), steps=7))
+    runs = counted(model)
+    torch.testing.assert_close(draw(model, steps=9), draw(tiny(), steps=9))
+    before, after = (make_table("dpmpp_2m", "scaled_linear", n).times for n in (7, 9))
+    new = len({*after} - {*before})
+    # The new ones together, and each alone to compare; with the same times nothing runs.
+    assert runs["schedule"] == runs["both"] == 1 + new
+    draw(model, steps=9, seed=5)
+    assert runs["schedule"] == runs["both"] == 1 + new
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    draw(model, steps=9)
+    # All nine are new, which is another number: compared once more.
+    assert runs["schedule"] == runs["both"] == 1 + new + 1 + 9
+
+
+def test_a_batch_written_into_the_model_falls_back(recorder):
+    model = compiler.compile(tiny(fixed=4))
+    torch.testing.assert_close(draw(model), draw(tiny(fixed=4)))
+    (graph,) = compiler.report(model).graphs
+    assert "must match the size of tensor b (4)" in graph.schedule["why_not"]
+    assert f"alone: {graph.schedule['why_not']}" in str(compiler.report(model))
+    model._compiled_call_impl.pool.recorder = recorder
+    assert torch.equal(draw(model, engine="graph"), draw(model, engine="reference"))
+    (graph,) = compiler.report(model).graphs
+    assert graph.schedule["together"] == 0
+    assert graph.schedule["alone"] >= 6
+
+
+class Mixed(Tiny):
+    """Its rows depend on each other, with the same shapes for every number of them."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, t + 100 * t.float().var(), y)
+
+
+def test_rows_that_depend_on_each_other_fall_back(recorder):
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    right = draw(model)
+    prepared(recorder, model)
+    torch.testing.assert_close(draw(model, engine="graph"), right)
+    (graph,) = compiler.report(model).graphs
+    assert graph.schedule["why_not"] == "ValueError: its rows depend on each other"
+
+
+# --- The C++ loop, and what only a GPU shows.
+
+
+def test_a_graph_that_does_not_tell_its_handle_is_replayed_by_torch():
+    class Silent:
+        def __init__(self) -> None:
+            self.replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    graph = Silent()
+    assert raw_exec(graph) == 0
+    replay = CudaReplay(graph)  # type: ignore[arg-type]
+    replay(5)
+    assert not replay.native
+    assert graph.replays == 5
+
+
+def test_the_cpp_loop_checks_its_arguments():
+    from fastdiff._ext import ext
+
+    launch = getattr(ext(), "cuda_launch_graph", None)
+    if launch is None:
+        pytest.skip("this build of the extension has no CUDA")
+    launch(8, 0, 0)
+    with pytest.raises(ValueError, match="exec must not be null"):
+        launch(0, 0, 1)
+    with pytest.raises(ValueError, match="times must be at least 0, got -1"):
+        launch(8, 0, -1)
+
+
+def on_gpu(dtype: torch.dtype = torch.float32) -> Any:
+    return compiler.compile(tiny().to("cuda", dtype))
+
+
+def draw_on_gpu(model: Any, **options: Any) -> Tensor:
+    options = {"solver": "euler_ancestral", "steps": 6, "seed": 3, **options}
+    dtype = next(model.parameters()).dtype
+    cond = {"y": labels(0).to("cuda", dtype)}
+    uncond = {"y": torch.zeros(2, 6, device="cuda", dtype=dtype)}
+    return fastdiff.sample(
+        model,
+        SHAPE,
+        schedule="scaled_linear",
+        cond=cond,
+        uncond=uncond,
+        guidance_scale=3.0,
+        **options,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_on_a_gpu_a_replayed_run_is_the_run(solver, dtype):
+    model = on_gpu(dtype)
+    for steps, seed in ((6, 3), (9, 4)):
+        options = {"solver": solver, "steps": steps, "seed": seed}
+        right = draw_on_gpu(model, engine="reference", **options)
+        torch.testing.assert_close(draw_on_gpu(model, engine="graph", **options), right)
+    assert graphs(model)["0 trajectory"]["recordings"] == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_between_the_steps(monkeypatch):
+    model = on_gpu()
+    draw_on_gpu(model, engine="graph")
+    right = draw_on_gpu(model, engine="graph")
+    launch, launched = Trajectory.launch, []
+
+    def watched(self: Trajectory, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launch(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        launched.append(args)
+
+    monkeypatch.setattr(Trajectory, "launch", watched)
+    assert torch.equal(draw_on_gpu(model, engine="graph"), right)
+    assert len(launched) == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_replays_by_the_cpp_loop_are_those_by_torch():
+    x, steps = torch.zeros(1000, device="cuda"), torch.zeros((), device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.mul_(0.5).add_(steps)
+        steps.add_(1)
+    replay = CudaReplay(graph)
+    if not replay.native:
+        pytest.skip("this PyTorch or this build does not launch graphs from C++")
+    for _ in range(20):
+        graph.replay()
+    right = x.clone()
+    x.zero_()
+    steps.zero_()
+    replay(20)
+    assert torch.equal(x, right)
+    assert int(steps) == 20
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        replay(2)
+    stream.synchronize()
+    assert int(steps) == 22
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_is_bounded_and_freed():
+    model = on_gpu()
+    compiled = model._compiled_call_impl
+    for batch in (1, 2, 3, 1):
+        cond = {"y": labels(0)[:1].cuda()}
+        x = torch.ones(batch, *SHAPE[1:], device="cuda")
+        fastdiff.sample(model, x=x, steps=3, schedule="linear", cond=cond, engine="graph")
+        compiled.pool.max_bytes = 2 * max(t.nbytes for t in compiled.trajectories.values())
+        assert compiled.pool.nbytes() <= compiled.pool.max_bytes
+    pool = compiled.pool
+    compiler.uncompile(model)
+    assert pool.nbytes() == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_two_threads_run_one_recording():
+    model = on_gpu()
+    right = {seed: draw_on_gpu(model, seed=seed) for seed in range(2)}
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                if not torch.equal(draw_on_gpu(model, seed=seed), right[seed]):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_tables_of_every_solver_have_room(recorder):
+    model = prepared(recorder)
+    wide = make_table("unipc", "scaled_linear", 5, prediction="eps").with_guidance(3.0)
+    assert wide.num_registers > 1
+    for table in (make_table("ddim", "scaled_linear", 5).with_guidance(3.0), wide):
+        right = draw(model, solver=table, scale=1.0, engine="reference")
+        assert torch.equal(draw(model, solver=table, scale=1.0, engine="graph"), right)
+    assert recordings(model) == 2  # more registers than there was room for
