@@ -206,7 +206,7 @@ class Runner:
         self._last = [None] if last is None else last
         self._watch = Watch()
         self._digest: tuple[int, ...] | None = None
-        self._fresh = False
+        self.fresh = False  # the weights were looked at for the run whose first call comes next
 
     @functools.cached_property
     def random(self) -> bool:
@@ -217,16 +217,11 @@ class Runner:
         """What the inputs of kept results are known by."""
         return {name: _key(values[name]) for name in self._others}
 
-    def begin(self, values: dict[str, Any], called_next: bool) -> None:
-        """Begins a sampling run: results of the programs of :data:`BEFORE` join ``values``.
-
-        called_next: the run's first step will be a call, which has no need to look at the weights
-        again.
-        """
+    def begin(self, values: dict[str, Any]) -> None:
+        """Begins a sampling run: results of the programs of :data:`BEFORE` join ``values``."""
         keys = self.keys(values)
         if self._weights:
             self._check(values)
-            self._fresh = called_next
         for kept in self.kept:
             if kept.program.name in BEFORE:
                 values.update(zip(kept.program.outputs, kept.results(values, keys), strict=True))
@@ -272,7 +267,7 @@ class Runner:
         if self._last[0] is not self:
             self._last[0] = self
             begins = True
-        fresh, self._fresh = self._fresh, False
+        fresh, self.fresh = self.fresh, False
         if begins and not fresh:
             self._check(values)
 

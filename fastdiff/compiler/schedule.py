@@ -36,6 +36,7 @@ class Schedule:
         self.why_not = ""
         self.together = self.alone = 0
         self._proven: set[tuple[int, int]] = set()
+        self._constants: bool | None = None
         expected = [value for program in self.programs for value in _results(program)]
         self.expected: list[tuple[torch.Size, torch.dtype]] | None = None
         if all(isinstance(value, Tensor) and _static(value) for value in expected):
@@ -61,21 +62,31 @@ class Schedule:
 
     def _chunk(self, values: dict[str, Any], name: str, times: Tensor) -> list[Tensor]:
         if not self.why_not and len(times) > 1:
+            together = self._tried(values, name, times)
+            if together is not None:
+                self.together += len(times)
+                return together
+        self.alone += len(times)
+        return self._one_by_one(values, name, times)
+
+    def _tried(self, values: dict[str, Any], name: str, times: Tensor) -> list[Tensor] | None:
+        """All steps at once, if that is known to be right or now proves to be; else why_not."""
+        # Constants that a model makes for its batch (a vector of ones) are repeated, too, or not.
+        for constants in (False, True) if self._constants is None else (self._constants,):
             try:
-                together = self._together(values, name, times)
+                together = self._together(values, name, times, constants)
                 size = (len(times), times.shape[1])
                 if size not in self._proven:
                     single = self._one_by_one(values, name, times)
                     if not all(map(same, together, single)):
                         raise ValueError("its rows depend on each other")
                     self._proven.add(size)
-                self.together += len(times)
+                self.why_not, self._constants = "", constants
                 return together
             except Exception as error:  # whatever a graph for one step raises for more rows
                 first = str(error).strip().splitlines() or [""]
-                self.why_not = f"{type(error).__name__}: {first[0]}"
-        self.alone += len(times)
-        return self._one_by_one(values, name, times)
+                self.why_not = self.why_not or f"{type(error).__name__}: {first[0]}"
+        return None
 
     def facts(self) -> dict[str, Any]:
         """For reports: "together", "alone", "why_not"; nothing where there are no such programs."""
@@ -87,13 +98,15 @@ class Schedule:
         rows = [self._run({**values, name: time}) for time in times]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
-    def _together(self, values: dict[str, Any], name: str, times: Tensor) -> list[Tensor]:
+    def _together(
+        self, values: dict[str, Any], name: str, times: Tensor, constants: bool
+    ) -> list[Tensor]:
         """As one batch of all steps; ValueError where a result has not as many rows."""
         steps, batch = times.shape
         own = {n for program in self.programs for n in program.inputs} - {name}
         wide = dict(values)
         for other in own & values.keys():
-            if self._per_row(other):
+            if self._per_row(other, constants):
                 wide[other] = torch.utils._pytree.tree_map_only(
                     Tensor, lambda value: _repeated(value, steps, batch), values[other]
                 )
@@ -107,17 +120,21 @@ class Schedule:
                 )
         return [value.unflatten(0, (steps, batch)) for value in results]
 
-    def _per_row(self, name: str) -> bool:
+    def _per_row(self, name: str, constants: bool) -> bool:
         """Whether an input of the programs may have a row for each of the batch: no weight."""
         role = self.runner.roles.get(name)
         if role is not None:
             return role != "weights"
-        return not any(p.name == "weights" and name in p.outputs for p in self.runner.programs)
+        made = any(p.name == "weights" and name in p.outputs for p in self.runner.programs)
+        return constants or not made
 
     def _run(self, values: dict[str, Any]) -> list[Tensor]:
         results: list[Tensor] = []
         for program in self.programs:
-            made = self.runner.plain[program.name](*(values[name] for name in program.inputs))
+            run = self.runner.plain[program.name]
+            # Not as a module: of what fails inside, PyTorch would print a traceback.
+            run = program.module.forward if run is program.module else run
+            made = run(*(values[name] for name in program.inputs))
             values.update(zip(program.outputs, made, strict=True))
             results += made
         return results

@@ -194,14 +194,14 @@ class PlainEvaluate:
         self._kwargs = dict(kwargs)
         self.accept = outputs.accept
         # One tensor per step, made before the run.
-        self._times = table.time_tensors(
+        self.times = table.time_tensors(
             outputs.shape[0], state_dtype(outputs.dtype), outputs.device
         )
 
     def __call__(self, model_input: Tensor, row: int, /) -> Any:
         if self._versions and not model_input.is_inference():
             torch.autograd.graph.increment_version(model_input)
-        return self._model(model_input, self._times[row], **self._kwargs)
+        return self._model(model_input, self.times[row], **self._kwargs)
 
 
 class ComposedEvaluate:

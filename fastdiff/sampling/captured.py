@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,13 +109,14 @@ def _trajectory(
     return found
 
 
+@contextlib.contextmanager
 def ahead(
     compiled: Compiled,
     times: Sequence[Tensor],
     like: Tensor,
     kwargs: Mapping[str, Any],
-) -> None:
-    """Computes the schedule's results for the calls to come, where they all run at once.
+) -> Iterator[None]:
+    """Computes the schedule's results for the calls within, where they all run at once.
 
     times: of the rows, the very tensors of the calls. like: what the model is given, whose
     contents do not matter. What the model itself raises comes out.
@@ -123,12 +124,18 @@ def ahead(
     with torch.no_grad():
         seen = compiled.seen(like, times[0], **kwargs)
         if isinstance(seen, str):
+            yield
             return
         graph, values = seen
         name = name_of(values, times[0])
         if graph.schedule.programs and name and not graph.schedule.why_not:
-            graph.runner.begin(values, called_next=True)
+            graph.runner.begin(values)
             graph.schedule.keep(values, name, times)
+            graph.runner.fresh = True
+        try:
+            yield
+        finally:
+            graph.runner.fresh = False
 
 
 def name_of(values: Mapping[str, Any], time: Tensor) -> str:
@@ -140,7 +147,7 @@ class Trajectory:
     """One step of a run, recorded; see the top of this file.
 
     state: [B, ...], for its shape, dtype and memory order. copies: 2 evaluates [uncond, cond] as a
-    batch of 2B. why_not: a reason never to record, or "".
+    batch of 2B. why_not: a reason never to record, or "". loaded: the table of the last run.
     """
 
     def __init__(
@@ -173,7 +180,7 @@ class Trajectory:
         self._steps: IndexedTable | None = None
         self._tables: Tables | None = None
         self._stamp: tuple[Any, ...] | None = None
-        self._loaded: SolverTable | None = None
+        self.loaded: SolverTable | None = None
         self._static: dict[str, Tensor] = {}
 
     def drop(self) -> None:
@@ -212,10 +219,19 @@ class Trajectory:
         for register, value in zip(registers, [state, *given[1:]], strict=False):
             if value is not None:
                 register.copy_(value)
-        self._static["index"].fill_(first)
+        self.rewind(first)
         self.launch(table, first)
         self._pool.used(self)
         return registers[0].clone()
+
+    @property
+    def native(self) -> bool:
+        """Whether replays are launched by the extension, without Python."""
+        return bool(getattr(self._replay, "native", False))
+
+    def rewind(self, first: int = 0) -> None:
+        """The row that the next replay runs; the registers stay."""
+        self._static["index"].fill_(first)
 
     def launch(self, table: SolverTable, first: int = 0) -> None:
         """All rows; a row that evaluates no model is a solver step alone. Waits for nothing."""
@@ -246,7 +262,7 @@ class Trajectory:
         if reason:
             return reason
         self._follow(graph)
-        graph.runner.begin(values, called_next=False)
+        graph.runner.begin(values)
         self._take(graph.runner, values)
         if self._steps is None or not self._steps.holds(table):
             self._make_room(table)
@@ -300,7 +316,7 @@ class Trajectory:
             table, self._device, self._like.dtype, registers=registers, rows=rows
         )
         self._tables, self._replay, self._stamp = None, None, None
-        self._loaded = table
+        self.loaded = table
         with torch.inference_mode(False):
             state = torch.empty_like(self._like, device=self._device)
             self._static["registers"] = empty_stack(state, registers).zero_()
@@ -309,10 +325,10 @@ class Trajectory:
         """The solver's rows and the schedule's results into their tables; or why not."""
         assert self._steps is not None
         stamp = graph.runner.stamp(values, self._name)
-        changed = stamp is None or stamp != self._stamp or table is not self._loaded
-        if table is not self._loaded:
+        changed = stamp is None or stamp != self._stamp or table is not self.loaded
+        if table is not self.loaded:
             self._steps.load(table)
-            self._loaded = table
+            self.loaded = table
         expected = graph.schedule.expected
         if not expected:
             return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,10 +158,13 @@ class Run:
             if isinstance(done, Tensor):
                 return done
             self.stepwise = done
-        self._tell(plain, table, state, kwargs, outputs)
+        self._tell()
+        before: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if plain:
-            versions = _compiled(self.model) is not None
-            evaluate = PlainEvaluate(self.model, table, kwargs, outputs, versions)
+            compiled = _compiled(self.model)
+            evaluate = PlainEvaluate(self.model, table, kwargs, outputs, compiled is not None)
+            if compiled is not None:
+                before = _ahead(compiled, evaluate.times, state, outputs, kwargs)
             plan, noise, seen = table, self.noise, self.dtype
         else:
             composed = ComposedEvaluate(
@@ -176,7 +180,7 @@ class Run:
                 hook.step(info)
             return after is None or after(info)
 
-        with torch.no_grad():
+        with torch.no_grad(), before:
             return run(
                 plan,
                 state,
@@ -206,29 +210,14 @@ class Run:
             return f"guidance: {self.guidance.beyond(table)}"
         return ""
 
-    def _tell(
-        self,
-        plain: bool,
-        table: SolverTable,
-        state: Tensor,
-        kwargs: Mapping[str, Any],
-        outputs: Outputs,
-    ) -> None:
-        """Before a run step by step: its reason to whom it concerns, the schedule's results."""
+    def _tell(self) -> None:
+        """Why the run goes step by step, to whom it concerns."""
         if self.engine == "graph":
             raise RuntimeError(f"engine='graph' cannot run: {self.stepwise}")
         _LOG.debug("step by step: %s", self.stepwise)
         compiled = _compiled(self.model)
-        if compiled is None:
-            return
-        compiled.stepwise[self.stepwise] += 1
-        if plain:
-            from fastdiff.sampling.captured import ahead
-
-            batch = outputs.shape[0]
-            times = table.time_tensors(batch, state.dtype, state.device)
-            like = torch.zeros(outputs.shape, dtype=outputs.dtype, device=state.device)
-            ahead(compiled, times, like.to(memory_format=outputs.memory_format), kwargs)
+        if compiled is not None:
+            compiled.stepwise[self.stepwise] += 1
 
     def _outputs(self, copies: int, state: Tensor) -> Outputs:
         shape = torch.Size((copies * self.shape[0], *self.shape[1:]))
@@ -243,6 +232,16 @@ def _compiled(model: Any) -> Any:
     from fastdiff.compiler.api import compiled
 
     return compiled(model)
+
+
+def _ahead(
+    compiled: Any, times: Sequence[Tensor], state: Tensor, outputs: Outputs, kwargs: Any
+) -> contextlib.AbstractContextManager[None]:
+    """``captured.ahead`` for the calls of that loop."""
+    from fastdiff.sampling.captured import ahead
+
+    like = torch.zeros(outputs.shape, dtype=outputs.dtype, device=state.device)
+    return ahead(compiled, times, like.to(memory_format=outputs.memory_format), kwargs)
 
 
 def _memory_format(state: Tensor) -> torch.memory_format:

@@ -6,9 +6,9 @@ Without a GPU the recorder is that of trajectories.py: the step runs again on th
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -390,11 +390,8 @@ def test_two_threads_run_one_recording(recorder):
             if not torch.equal(draw(model, seed=seed, y=seed), right[seed]):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(work, range(2)))
     assert not wrong
     assert recordings(model) == 1
 
@@ -598,7 +595,8 @@ def test_on_a_gpu_memory_is_bounded_and_freed():
     for batch in (1, 2, 3, 1):
         cond = {"y": labels(0)[:1].cuda()}
         x = torch.ones(batch, *SHAPE[1:], device="cuda")
-        fastdiff.sample(model, x=x, steps=3, schedule="linear", cond=cond, engine="graph")
+        options: dict[str, Any] = {"solver": "ddim", "steps": 3, "schedule": "linear"}
+        fastdiff.sample(model, x=x, cond=cond, engine="graph", **options)
         compiled.pool.max_bytes = 2 * max(t.nbytes for t in compiled.trajectories.values())
         assert compiled.pool.nbytes() <= compiled.pool.max_bytes
     pool = compiled.pool
@@ -618,11 +616,8 @@ def test_on_a_gpu_two_threads_run_one_recording():
                 if not torch.equal(draw_on_gpu(model, seed=seed), right[seed]):
                     wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(work, range(2)))
     assert not wrong
 
 
