@@ -15,6 +15,7 @@ import pytest
 import torch
 from denoisers import made
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from trajectories import Again, Tiny, labels, tiny
 
 import fastdiff
@@ -23,6 +24,7 @@ from fastdiff.compiler.cuda_graphs import CudaReplay, raw_exec
 from fastdiff.sampling import Clip, Guidance
 from fastdiff.sampling.captured import Trajectory
 from fastdiff.solvers import Row, SolverTable, Update, make_table
+from fastdiff.solvers.trajectory import IndexedTable
 
 SHAPE = (2, 4, 8, 8)
 SOLVERS = ["dpmpp_2m", "unipc", "euler_ancestral", "ddim", "euler", "ddpm", "lcm", "heun", "pndm"]
@@ -99,6 +101,47 @@ def test_other_seeds_steps_prompts_schedules_and_solvers_need_no_recording(recor
         right = draw(model, engine="reference", steps=steps)
         assert torch.equal(draw(model, engine="graph", steps=steps), right)
     assert recordings(model) == 3
+
+
+class Operations(TorchDispatchMode):
+    """The names of those that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back(recorder, monkeypatch):
+    model = prepared(recorder)
+    draw(model, solver="euler_ancestral", engine="graph")
+    (trajectory,) = model._compiled_call_impl.trajectories.values()
+    names: list[str] = []
+
+    def watch(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with Operations() as operations:  # PyTorch's front end, around it, refuses to run so
+                result = function(*args, **kwargs)
+            names.extend(operations.names)
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Trajectory, "_run_step")
+    for part in ("model_input", "time", "step"):
+        watch(IndexedTable, part)
+    trajectory.rewind()
+    with torch.no_grad():
+        trajectory.launch(trajectory.loaded)
+    rows = len(trajectory.loaded)
+    assert names.count("fastdiff.solver_step_indexed_.default") == rows
+    assert names.count("aten.convolution.default") == 2 * rows
+    assert not [name for name in names if "_local_scalar_dense" in name or "nonzero" in name]
 
 
 def test_an_image_does_not_depend_on_its_batch(recorder):
