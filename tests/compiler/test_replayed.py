@@ -7,60 +7,38 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from denoisers import made
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from trajectories import Again, Tiny, labels, tiny
+from trajectories import (
+    SHAPE,
+    SOLVERS,
+    Again,
+    Tiny,
+    draw,
+    graphs,
+    labels,
+    prepared,
+    recordings,
+    tiny,
+)
 
 import fastdiff
 from fastdiff import compiler
-from fastdiff.compiler.cuda_graphs import CudaReplay, raw_exec
 from fastdiff.sampling import Clip, Guidance
 from fastdiff.sampling.captured import Trajectory
 from fastdiff.solvers import Row, SolverTable, Update, make_table
 from fastdiff.solvers.trajectory import IndexedTable
 
-SHAPE = (2, 4, 8, 8)
-SOLVERS = ["dpmpp_2m", "unipc", "euler_ancestral", "ddim", "euler", "ddpm", "lcm", "heun", "pndm"]
-
-
-def draw(model: Any, y: int = 0, scale: float = 3.0, **options: Any) -> Tensor:
-    options = {"solver": "dpmpp_2m", "steps": 6, "seed": 3, **options}
-    if not isinstance(options["solver"], SolverTable):
-        options["schedule"] = "scaled_linear"
-    if "generator" in options:
-        del options["seed"]
-    condition = {"y": labels(y)}
-    uncond = {"y": torch.zeros(2, 6)}
-    return fastdiff.sample(
-        model, SHAPE, cond=condition, uncond=uncond, guidance_scale=scale, **options
-    )
-
 
 @pytest.fixture
 def recorder() -> Again:
     return Again()
-
-
-def prepared(recorder: Again, model: nn.Module | None = None, **options: Any) -> Any:
-    model = compiler.compile(tiny() if model is None else model, **options)
-    model._compiled_call_impl.pool.recorder = recorder
-    return model
-
-
-def graphs(model: Any) -> dict[str, Any]:
-    every = [g.cuda_graphs.items() for g in compiler.report(model).graphs]
-    return {f"{i} {n}": facts for i, graph in enumerate(every) for n, facts in graph}
-
-
-def recordings(model: Any) -> int:
-    return sum(f["recordings"] for name, f in graphs(model).items() if "trajectory" in name)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -446,222 +424,6 @@ def test_under_inference_mode(recorder):
         for _ in range(2):
             torch.testing.assert_close(draw(model, engine="graph"), right)
     torch.testing.assert_close(draw(model, engine="graph"), right)
-
-
-# --- The schedule's results for all steps at once, where the steps are calls.
-
-
-def counted(model: Any) -> dict[str, int]:
-    """Program -> how often it has run since, in the graph that was captured last."""
-    entry = next(reversed(model._compiled_call_impl._entries.values()))
-    runs: dict[str, int] = {}
-
-    def wrapped(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        def go(*values: Any) -> Any:
-            runs[name] = runs.get(name, 0) + 1
-            return run(*values)
-
-        return go
-
-    (runner,) = entry.runners
-    for kept in runner.kept:
-        kept.run = wrapped(kept.program.name, kept.run)
-        runner.plain[kept.program.name] = kept.run
-    for graph in entry.graphs:
-        graph.schedule.why_not = ""
-    return runs
-
-
-def test_on_a_cpu_the_schedule_runs_before_the_steps():
-    model = compiler.compile(tiny())
-    torch.testing.assert_close(draw(model, steps=7), draw(tiny(), steps=7))
-    runs = counted(model)
-    torch.testing.assert_close(draw(model, steps=9), draw(tiny(), steps=9))
-    before, after = (make_table("dpmpp_2m", "scaled_linear", n).times for n in (7, 9))
-    new = len({*after} - {*before})
-    # The new ones together, and each alone to compare; with the same times nothing runs.
-    assert runs["schedule"] == runs["both"] == 1 + new
-    draw(model, steps=9, seed=5)
-    assert runs["schedule"] == runs["both"] == 1 + new
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.01)
-    draw(model, steps=9)
-    # All nine are new, which is another number: compared once more.
-    assert runs["schedule"] == runs["both"] == 1 + new + 1 + 9
-
-
-def test_a_batch_written_into_the_model_falls_back(recorder):
-    model = compiler.compile(tiny(fixed=4))
-    torch.testing.assert_close(draw(model), draw(tiny(fixed=4)))
-    (graph,) = compiler.report(model).graphs
-    assert "must match the size of tensor b (4)" in graph.schedule["why_not"]
-    assert f"alone: {graph.schedule['why_not']}" in str(compiler.report(model))
-    model._compiled_call_impl.pool.recorder = recorder
-    assert torch.equal(draw(model, engine="graph"), draw(model, engine="reference"))
-    (graph,) = compiler.report(model).graphs
-    assert graph.schedule["together"] == 0
-    assert graph.schedule["alone"] >= 6
-
-
-class Mixed(Tiny):
-    """Its rows depend on each other, with the same shapes for every number of them."""
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return super().forward(x, t + 100 * t.float().var(), y)
-
-
-def test_rows_that_depend_on_each_other_fall_back(recorder):
-    torch.manual_seed(0)
-    model = Mixed().eval()
-    right = draw(model)
-    prepared(recorder, model)
-    torch.testing.assert_close(draw(model, engine="graph"), right)
-    (graph,) = compiler.report(model).graphs
-    assert graph.schedule["why_not"] == "ValueError: its rows depend on each other"
-
-
-# --- The C++ loop, and what only a GPU shows.
-
-
-def test_a_graph_that_does_not_tell_its_handle_is_replayed_by_torch():
-    class Silent:
-        def __init__(self) -> None:
-            self.replays = 0
-
-        def replay(self) -> None:
-            self.replays += 1
-
-    graph = Silent()
-    assert raw_exec(graph) == 0
-    replay = CudaReplay(graph)  # type: ignore[arg-type]
-    replay(5)
-    assert not replay.native
-    assert graph.replays == 5
-
-
-def test_the_cpp_loop_checks_its_arguments():
-    from fastdiff._ext import ext
-
-    launch = getattr(ext(), "cuda_launch_graph", None)
-    if launch is None:
-        pytest.skip("this build of the extension has no CUDA")
-    launch(8, 0, 0)
-    with pytest.raises(ValueError, match="exec must not be null"):
-        launch(0, 0, 1)
-    with pytest.raises(ValueError, match="times must be at least 0, got -1"):
-        launch(8, 0, -1)
-
-
-def on_gpu(dtype: torch.dtype = torch.float32) -> Any:
-    return compiler.compile(tiny().to("cuda", dtype))
-
-
-def draw_on_gpu(model: Any, **options: Any) -> Tensor:
-    options = {"solver": "euler_ancestral", "steps": 6, "seed": 3, **options}
-    dtype = next(model.parameters()).dtype
-    cond = {"y": labels(0).to("cuda", dtype)}
-    uncond = {"y": torch.zeros(2, 6, device="cuda", dtype=dtype)}
-    return fastdiff.sample(
-        model,
-        SHAPE,
-        schedule="scaled_linear",
-        cond=cond,
-        uncond=uncond,
-        guidance_scale=3.0,
-        **options,
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_on_a_gpu_a_replayed_run_is_the_run(solver, dtype):
-    model = on_gpu(dtype)
-    for steps, seed in ((6, 3), (9, 4)):
-        options = {"solver": solver, "steps": steps, "seed": seed}
-        right = draw_on_gpu(model, engine="reference", **options)
-        torch.testing.assert_close(draw_on_gpu(model, engine="graph", **options), right)
-    assert graphs(model)["0 trajectory"]["recordings"] == 1
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_between_the_steps(monkeypatch):
-    model = on_gpu()
-    draw_on_gpu(model, engine="graph")
-    right = draw_on_gpu(model, engine="graph")
-    launch, launched = Trajectory.launch, []
-
-    def watched(self: Trajectory, *args: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            launch(self, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        launched.append(args)
-
-    monkeypatch.setattr(Trajectory, "launch", watched)
-    assert torch.equal(draw_on_gpu(model, engine="graph"), right)
-    assert len(launched) == 1
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_replays_by_the_cpp_loop_are_those_by_torch():
-    x, steps = torch.zeros(1000, device="cuda"), torch.zeros((), device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        x.mul_(0.5).add_(steps)
-        steps.add_(1)
-    replay = CudaReplay(graph)
-    if not replay.native:
-        pytest.skip("this PyTorch or this build does not launch graphs from C++")
-    for _ in range(20):
-        graph.replay()
-    right = x.clone()
-    x.zero_()
-    steps.zero_()
-    replay(20)
-    assert torch.equal(x, right)
-    assert int(steps) == 20
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        replay(2)
-    stream.synchronize()
-    assert int(steps) == 22
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_memory_is_bounded_and_freed():
-    model = on_gpu()
-    compiled = model._compiled_call_impl
-    for batch in (1, 2, 3, 1):
-        cond = {"y": labels(0)[:1].cuda()}
-        x = torch.ones(batch, *SHAPE[1:], device="cuda")
-        options: dict[str, Any] = {"solver": "ddim", "steps": 3, "schedule": "linear"}
-        fastdiff.sample(model, x=x, cond=cond, engine="graph", **options)
-        compiled.pool.max_bytes = 2 * max(t.nbytes for t in compiled.trajectories.values())
-        assert compiled.pool.nbytes() <= compiled.pool.max_bytes
-    pool = compiled.pool
-    compiler.uncompile(model)
-    assert pool.nbytes() == 0
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_two_threads_run_one_recording():
-    model = on_gpu()
-    right = {seed: draw_on_gpu(model, seed=seed) for seed in range(2)}
-    wrong: list[int] = []
-
-    def work(seed: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(10):
-                if not torch.equal(draw_on_gpu(model, seed=seed), right[seed]):
-                    wrong.append(seed)
-
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(work, range(2)))
-    assert not wrong
 
 
 def test_tables_of_every_solver_have_room(recorder):

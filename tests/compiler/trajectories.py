@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastdiff
+from fastdiff import compiler
+from fastdiff.solvers import SolverTable
+
 
 class Again:
     """Replays by running the function again and writing its results where the first ones are.
@@ -84,3 +88,35 @@ def tiny(seed: int = 0, **options: Any) -> Tiny:
 
 def labels(seed: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, 6, generator=torch.Generator().manual_seed(100 + seed))
+
+
+SHAPE = (2, 4, 8, 8)
+SOLVERS = ["dpmpp_2m", "unipc", "euler_ancestral", "ddim", "euler", "ddpm", "lcm", "heun", "pndm"]
+
+
+def draw(model: Any, y: int = 0, scale: float = 3.0, **options: Any) -> Tensor:
+    options = {"solver": "dpmpp_2m", "steps": 6, "seed": 3, **options}
+    if not isinstance(options["solver"], SolverTable):
+        options["schedule"] = "scaled_linear"
+    if "generator" in options:
+        del options["seed"]
+    condition = {"y": labels(y)}
+    uncond = {"y": torch.zeros(2, 6)}
+    return fastdiff.sample(
+        model, SHAPE, cond=condition, uncond=uncond, guidance_scale=scale, **options
+    )
+
+
+def prepared(recorder: Again, model: nn.Module | None = None, **options: Any) -> Any:
+    model = compiler.compile(tiny() if model is None else model, **options)
+    model._compiled_call_impl.pool.recorder = recorder
+    return model
+
+
+def graphs(model: Any) -> dict[str, Any]:
+    every = [g.cuda_graphs.items() for g in compiler.report(model).graphs]
+    return {f"{i} {n}": facts for i, graph in enumerate(every) for n, facts in graph}
+
+
+def recordings(model: Any) -> int:
+    return sum(f["recordings"] for name, f in graphs(model).items() if "trajectory" in name)
