@@ -1,4 +1,4 @@
-// Python bindings of the CUDA solver step; empty in a build without nvcc.
+// Python bindings of the CUDA solver step and of graph launches; empty in a build without nvcc.
 #if defined(FASTDIFF_WITH_CUDA)
 
 #include <pybind11/pybind11.h>
@@ -9,6 +9,7 @@
 #include <string>
 
 #include "bind_solver.h"
+#include "cuda/graph.h"
 #include "cuda/solver_step.h"
 
 namespace py = pybind11;
@@ -107,6 +108,22 @@ void bind_solver_cuda(py::module_& module) {
       },
       py::arg("out"), py::arg("images"), py::arg("per_image"), py::arg("seeds"), py::arg("draw"),
       py::arg("stream"));
+
+  module.def(
+      "cuda_launch_graph",
+      [](uintptr_t exec, uintptr_t stream, int times) {
+        require(exec != 0, "exec must not be null");
+        require(times >= 0, "times must be at least 0, got " + std::to_string(times));
+        int code;
+        {
+          py::gil_scoped_release released;
+          code = cuda_launch_graph(reinterpret_cast<void*>(exec), reinterpret_cast<void*>(stream), times);
+        }
+        check(code);
+      },
+      py::arg("exec"), py::arg("stream"), py::arg("times"),
+      "Launches an instantiated graph (cudaGraphExec_t) so many times in a row, without Python.\n"
+      "Does not synchronise; the caller keeps the graph and its memory until they have run.");
 }
 
 #endif  // FASTDIFF_WITH_CUDA

@@ -53,6 +53,8 @@ def cuda_report(nvcc: Path, source: Path, arch: int, folder: Path) -> tuple[list
         done.stderr,
     )
     if not stats:
+        if "__global__" not in source.read_text():
+            return [f"{label:32} no kernels"], []
         return [], [f"{label}: ptxas reported no kernel"]
     bad = [row for row in stats if any(int(value) for value in row[:3])]
     registers = sorted(int(row[3]) for row in stats)

@@ -51,9 +51,12 @@ def compile(
     freeze: on a CPU with bf16 products, keep the weights a second time, in the order that those
         take (the report counts them), and images channels last. Writes to weights are still seen,
         but for those through ``weight.data`` (fusing a LoRA): compile again after them.
-    max_graphs: how many sets of shapes are kept (of each part of a pipeline).
+    max_graphs: how many sets of shapes are kept (of each part of a pipeline), and how many recorded
+        steps of ``fastdiff.sample``.
     cuda_graphs: on a CUDA device, replay the programs as CUDA graphs, from the second call on; the
-        results have memory of their own.
+        results have memory of their own. Runs of ``fastdiff.sample`` are replays of one recorded
+        step, solver and noise included, where nothing looks between the steps; the report says why
+        a run was none.
     max_graph_bytes: what the CUDA graphs of the model may take together; the least recently used
         are recorded again when they are needed.
     quantize: "int8" (weights of one byte) or "fp8" (inputs too; sm_89 or newer): linear layers in

@@ -23,6 +23,7 @@ from fastdiff.compiler.passes import passes_for
 from fastdiff.compiler.passes.quantize import Quantize
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
+from fastdiff.compiler.schedule import Schedule
 from fastdiff.compiler.shelf import Shelf
 from fastdiff.compiler.split import Program, split
 from fastdiff.compiler.tidy import tidy
@@ -76,21 +77,26 @@ class Entry:
         compiled = partial(torch.compile, own, backend=backend, dynamic=False)
         self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
+    def __call__(
+        self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None, pieces: bool = True
+    ) -> Any:
+        """pieces: False returns None, with nothing run, where there is no one graph."""
         shelf = self.shelf
         if shelf is None:
-            return self._captured(model, inputs, cast)
+            return self._captured(model, inputs, cast, pieces)
         found = shelf.find(model, inputs, cast)
         try:
             if found is not None:
                 return found(inputs)
-            result = self._captured(model, inputs, cast)
+            result = self._captured(model, inputs, cast, pieces)
             shelf.keep(result)
             return result
         finally:
             shelf.done()
 
-    def _captured(self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
+    def _captured(
+        self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None, pieces: bool
+    ) -> Any:
         if not self.runners:
             self._started = time.perf_counter()
         if not self.why_pieces:
@@ -106,7 +112,7 @@ class Entry:
                 self._begin()
                 if self.shelf is not None:
                     self.shelf.refuse("it is captured in pieces")
-        return self._pieces(model, inputs, cast)
+        return self._pieces(model, inputs, cast) if pieces else None
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
         owner = self._owner()
@@ -248,6 +254,8 @@ class Graph:
             last,
             options.freeze,
         )
+        self.runner.why_whole = self.why_whole
+        self.schedule = Schedule(self.runner)
         self._seconds = seconds + time.perf_counter() - started
 
     def finished(self) -> GraphReport:
@@ -274,6 +282,7 @@ class Graph:
             dict(self._calls),
             self._half,
             self._stored,
+            self.schedule.facts(),
         )
 
 

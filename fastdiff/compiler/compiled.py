@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from fastdiff.compiler.captured import Entry, first_line
-from fastdiff.compiler.cuda_graphs import Pool
+from fastdiff.compiler.captured import Entry, Graph, first_line
+from fastdiff.compiler.cuda_graphs import Droppable, Pool
 from fastdiff.compiler.lora import Scales, take_scale
 from fastdiff.compiler.options import Options
 from fastdiff.compiler.passes.quantize import errors
 from fastdiff.compiler.precision import Cast, cast
 from fastdiff.compiler.reports import Report
+from fastdiff.compiler.runner import Runner, instead
 
 # Names that arguments of public denoisers have.
 SAMPLE_NAMES = ("sample", "hidden_states", "x", "x_t", "latents", "noisy_latents", "input", "img")
@@ -68,11 +69,25 @@ def roles_of(model: nn.Module, given: Mapping[str, str] | None) -> dict[str, str
     return roles
 
 
+class _Seen(Exception):
+    """What a call would run; thrown through PyTorch's front end, which has looked at its guards."""
+
+    def __init__(self, runner: Runner, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.runner, self.values = runner, values
+
+
+def _stop(runner: Runner, values: dict[str, Any]) -> None:
+    raise _Seen(runner, values)
+
+
 class Compiled:
     """Stands in for a module's call; see ``fastdiff.compile``.
 
     options: see `Options`.
     token: gives an object that is another one in each sampling run; see `Runner`.
+    lock: taken before the pool's. trajectories: recorded for ``fastdiff.sample``, by what they are
+    made for; the least recently used first. stepwise: why runs of it were none, with counts.
     """
 
     token: Callable[[], Any] | None = None
@@ -93,9 +108,35 @@ class Compiled:
             self.pool = Pool(max_bytes=options.max_graph_bytes)
         self._entries: OrderedDict[Any, Entry] = OrderedDict()
         self._eager: Counter[str] = Counter()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._scales = Scales()
         self._captures = 0
+        self.trajectories: OrderedDict[Any, Droppable] = OrderedDict()
+        self.stepwise: Counter[str] = Counter()
+
+    def seen(self, *args: Any, **kwargs: Any) -> tuple[Graph, dict[str, Any]] | str:
+        """What a call would run: its graph and the graph's inputs by name; or why there is no one.
+
+        Nothing is computed. For new shapes the graph is captured.
+        """
+        reason = self._why_eager(args, kwargs)
+        if reason:
+            return reason
+        inputs = self._bind(args, kwargs)
+        with self._scaled(inputs):
+            entry = self._entry(inputs)
+            try:
+                if not entry.why_eager:
+                    with instead(_stop):
+                        entry(self.model, inputs, self.cast, pieces=False)
+            except _Seen as seen:
+                graph = next(g for g in entry.graphs if g.runner is seen.runner)
+                return graph, seen.values
+            except TorchDynamoException as error:
+                entry.why_eager = f"it cannot be captured: {first_line(error)}"
+        if entry.why_pieces:
+            return f"it is captured in pieces: {entry.why_pieces}"
+        return entry.why_eager or "its graph is empty"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reason = self._why_eager(args, kwargs)
@@ -125,7 +166,7 @@ class Compiled:
         if not getattr(self.model, "peft_config", None) and not self._scales:
             yield
             return
-        with self._lock:
+        with self.lock:
             scale = take_scale(inputs)
             self._scales.place(self.model, scale)
             try:
@@ -176,7 +217,7 @@ class Compiled:
 
     def _entry(self, inputs: dict[str, Any]) -> Entry:
         key = _shapes_key(inputs)
-        with self._lock:
+        with self.lock:
             entry = self._entries.get(key)
             if entry is None:
                 entry = self._entries[key] = Entry(self)
@@ -189,15 +230,19 @@ class Compiled:
 
     def clear(self) -> None:
         """Forgets all graphs and all kept results."""
-        with self._lock:
+        with self.lock:
             self._entries.clear()
+            self.trajectories.clear()
             if self.pool is not None:
                 self.pool.clear()
 
     def close(self) -> None:
         """The model is as it was before."""
-        with self._lock:
+        with self.lock:
             self._scales.restore(numbers=True)
+            for trajectory in self.trajectories.values():
+                trajectory.drop()
+            self.trajectories.clear()
 
     def captured(self) -> None:
         """Counts a graph."""
@@ -205,7 +250,7 @@ class Compiled:
 
     def report(self) -> Report:
         """What was captured, fused, hoisted, and what was not, with reasons."""
-        with self._lock:
+        with self.lock:
             entries = list(self._entries.values())
         graphs = [graph for entry in entries for graph in entry.graphs]
         kept = [kept for entry in entries for runner in entry.runners for kept in runner.kept]
@@ -221,6 +266,7 @@ class Compiled:
             self.options.quantize or "",
             *self._quantized(entries),
             list(dict.fromkeys(e.shelf.why_not for e in entries if e.shelf and e.shelf.why_not)),
+            dict(self.stepwise),
         )
 
     def _quantized(self, entries: list[Entry]) -> tuple[dict[str, Any], dict[str, str]]:

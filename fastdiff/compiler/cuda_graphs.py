@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastdiff._ext import ext
+
 MAX_BYTES = 8 << 30
 
 
@@ -31,8 +33,8 @@ class Recorder(Protocol):
     def constant(self, value: Tensor) -> bool:
         """Whether a recording holds the value of this tensor, instead of reading it again."""
 
-    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
-        """(replay, the results that a replay overwrites, bytes taken)."""
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[int], None], Any, int]:
+        """(replay(times), the results that a replay overwrites, bytes taken)."""
 
     def wait(self) -> None:
         """The current stream waits for what other streams have asked for."""
@@ -65,7 +67,7 @@ class CudaRecorder:
         # A number on the CPU (a LoRA's scale) is an argument of the kernels that use it.
         return value.device.type == "cpu" and value.dim() == 0
 
-    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[int], None], Any, int]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
@@ -77,7 +79,7 @@ class CudaRecorder:
         mode = "thread_local"
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
             results = function()
-        return graph.replay, results, max(0, torch.cuda.memory_reserved() - before)
+        return CudaReplay(graph), results, max(0, torch.cuda.memory_reserved() - before)
 
     def wait(self) -> None:
         stream = torch.cuda.current_stream()
@@ -92,6 +94,51 @@ class CudaRecorder:
         self._last = stream.cuda_stream
 
 
+class CudaReplay:
+    """Launches a recorded graph on the current stream, so many times in a row.
+
+    Several at once go through the C++ loop, without Python, where PyTorch tells the graph's handle
+    and the extension was built with CUDA; ``native`` says whether. The graphs draw no random
+    numbers: PyTorch's own replay would do nothing else for them.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph  # the handle is its own
+        self._exec = raw_exec(graph)
+        self._launch = getattr(ext(), "cuda_launch_graph", None)
+        self.native = bool(self._exec and self._launch)
+
+    def __call__(self, times: int) -> None:
+        if self._launch is not None and self._exec and times > 1:
+            self._launch(self._exec, torch.cuda.current_stream().cuda_stream, times)
+            return
+        for _ in range(times):
+            self._graph.replay()
+
+
+def raw_exec(graph: Any) -> int:
+    """The cudaGraphExec_t of an instantiated graph; 0 where this PyTorch does not tell."""
+    try:
+        return int(graph.raw_cuda_graph_exec())
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return 0
+
+
+class Droppable(Protocol):
+    """Something recorded, which a pool counts and a report tells of."""
+
+    nbytes: int
+
+    def forget(self) -> None:
+        """Frees what was recorded; it is recorded again when it is needed."""
+
+    def drop(self) -> None:
+        """Like ``forget``, and no longer counted by the pool."""
+
+    def facts(self) -> dict[str, Any]:
+        """For reports: "recordings", "replays", "bytes", "why_not"."""
+
+
 class Pool:
     """The graphs of one model. max_bytes bounds what they take."""
 
@@ -99,9 +146,9 @@ class Pool:
         self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
         self.max_bytes = max_bytes
         self.lock = threading.RLock()
-        self._users: OrderedDict[int, Graphed] = OrderedDict()
+        self._users: OrderedDict[int, Droppable] = OrderedDict()
 
-    def used(self, user: Graphed) -> None:
+    def used(self, user: Droppable) -> None:
         """Marks a graph as the most recently used, and drops others that are too much."""
         self._users[id(user)] = user
         self._users.move_to_end(id(user))
@@ -109,7 +156,7 @@ class Pool:
             _, oldest = self._users.popitem(last=False)
             oldest.forget()
 
-    def without(self, user: Graphed) -> None:
+    def without(self, user: Droppable) -> None:
         """Forgets one."""
         self._users.pop(id(user), None)
 
@@ -146,9 +193,8 @@ class Graphed:
         """Drops the graph and its buffers."""
         self.nbytes = 0
         self._key: tuple[Any, ...] = ()
-        self._buffers: list[Any] = []
-        self._given: list[tuple[Any, int | None]] = []
-        self._replay: Callable[[], None] | None = None
+        self._buffers: Buffers | None = None
+        self._replay: Callable[[int], None] | None = None
         self._results: Any = None
 
     def drop(self) -> None:
@@ -192,9 +238,10 @@ class Graphed:
                     first = str(error).splitlines()[0] if str(error) else ""
                     self.why_not = f"recording failed: {type(error).__name__}: {first}"
                     return self._function(*values)
-            self._load(moving)
             assert self._replay is not None
-            self._replay()
+            assert self._buffers is not None
+            self._buffers.load(moving)
+            self._replay(1)
             self.replays += 1
             results = torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._results)
             recorder.done()
@@ -207,34 +254,51 @@ class Graphed:
     def _record(self, values: Sequence[Any], key: tuple[Any, ...]) -> None:
         self.forget()
         moving, structure = _flat(values, self._fixed)
-        buffers = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in moving]
-        for buffer, value in zip(buffers, moving, strict=True):
-            if isinstance(value, Tensor):
-                buffer.copy_(value)
-        rest = iter(torch.utils._pytree.tree_unflatten(buffers, structure))
+        self._buffers = Buffers(moving, self._pool.recorder.constant)
+        rest = iter(torch.utils._pytree.tree_unflatten(self._buffers.values, structure))
         static = [value if i in self._fixed else next(rest) for i, value in enumerate(values)]
         self._replay, self._results, taken = self._pool.recorder.record(
             lambda: self._function(*static)
         )
-        self._buffers = buffers
-        self._given = [(None, None)] * len(moving)
         self._key = key
-        owned = [buffer for buffer in self._buffers if isinstance(buffer, Tensor)]
-        self.nbytes = taken + sum(buffer.numel() * buffer.element_size() for buffer in owned)
+        self.nbytes = taken + self._buffers.nbytes
         self.recordings += 1
 
-    def _load(self, moving: Sequence[Any]) -> None:
-        """Copies the inputs that are not those of the last replay."""
+
+class Buffers:
+    """Memory whose addresses stay, for values that a recording reads.
+
+    values: the buffers, with the first values in them; what is no tensor, and what a recording
+    holds (``held``), is the value itself.
+    """
+
+    def __init__(self, values: Sequence[Any], held: Callable[[Tensor], bool]) -> None:
+        self._held = held
+        self._given: list[tuple[Any, int | None]] = [(None, None)] * len(values)
+        with torch.inference_mode(False):
+            self.values = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in values]
+        for buffer, value in zip(self.values, values, strict=True):
+            if isinstance(value, Tensor):
+                buffer.copy_(value)
+
+    @property
+    def nbytes(self) -> int:
+        owned = [buffer for buffer in self.values if isinstance(buffer, Tensor)]
+        return sum(buffer.numel() * buffer.element_size() for buffer in owned)
+
+    def load(self, values: Sequence[Any]) -> None:
+        """Copies those that are not the ones of the last time."""
         into, source = [], []
-        for i, value in enumerate(moving):
+        for i, value in enumerate(values):
             if not isinstance(value, Tensor) or self._held(value):
+                self.values[i] = value
                 continue
             version = None if value.is_inference() else value._version
             known, last = self._given[i]
             if known is value and version is not None and version == last:
                 continue
             self._given[i] = (value, version)  # held, so that it stays this object
-            into.append(self._buffers[i])
+            into.append(self.values[i])
             source.append(value)
         if into:
             torch._foreach_copy_(into, source)

@@ -28,7 +28,10 @@ class GraphReport:
     estimate. seconds: from the call to the captured graph. why_whole:
     why it was left as it was, or "". why_piece: why it is not the whole model, or "".
     stored: whether it was read from the disk, where an earlier process had stored it.
-    cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
+    cuda_graphs: program, or "trajectory" (a whole step of ``fastdiff.sample``, with its solver) ->
+    {"recordings", "replays", "bytes", "why_not"}. schedule: {"together", "alone", "why_not"}: for
+    how many steps of ``fastdiff.sample`` the programs of the time ran all at once, before the first
+    step, and for how many one by one, with the reason.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -45,6 +48,7 @@ class GraphReport:
     calls: dict[str, int] = field(default_factory=dict)
     half: bool = False
     stored: bool = False
+    schedule: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hoisted(self) -> float:
@@ -73,6 +77,7 @@ class Report:
 
     kept_bytes: of the results of the programs that steps do not repeat. hits, misses: of those.
     captures: how often a graph was captured, those no longer kept included.
+    stepwise: why runs of ``fastdiff.sample`` were no replay of a trajectory, with counts.
     cast: from what dtype to what, or "". quantize: "int8", "fp8" or "". quantized: layer ->
     {"weight", "output"}, the relative errors in the Frobenius norm (see `passes.quantize.errors`),
     the worst first; for the weights as they are now. unquantized: other layers -> why.
@@ -91,6 +96,7 @@ class Report:
     quantized: dict[str, dict[str, float]] = field(default_factory=dict)
     unquantized: dict[str, str] = field(default_factory=dict)
     unstored: list[str] = field(default_factory=list)
+    stepwise: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -123,6 +129,8 @@ class Report:
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
             for name, facts in graph.cuda_graphs.items():
                 lines.append(f"  CUDA graph of {name}: {_cuda_graph(facts)}")
+            if any(graph.schedule.values()):
+                lines.append(f"  {_schedule(graph.schedule)}")
             stages = list(graph.calls.items())
             if stages:
                 (_, first), (_, last) = stages[0], stages[-1]
@@ -132,6 +140,8 @@ class Report:
             lines.append(f"  {graph.hoisted:.1%} of the FLOPs are not repeated in every step")
         for reason, count in self.eager.items():
             lines.append(f"ran as it is {count} times: {reason}")
+        for reason, count in self.stepwise.items():
+            lines.append(f"sampled step by step {count} times: {reason}")
         lines.append(
             f"kept results: {self.kept_bytes / 2**20:.1f} MiB, found {self.hits} times, "
             f"computed {self.misses} times"
@@ -150,6 +160,13 @@ class Report:
         if len(self.quantized) > WORST:
             lines.append(f"  and {len(self.quantized) - WORST} with smaller ones")
         return lines
+
+
+def _schedule(facts: dict[str, Any]) -> str:
+    line = f"of the schedule, {facts['together']} steps ran together"
+    if facts["alone"] or facts["why_not"]:
+        line += f", {facts['alone']} alone"
+    return line + (f": {facts['why_not']}" if facts["why_not"] else "")
 
 
 def _cuda_graph(facts: dict[str, Any]) -> str:

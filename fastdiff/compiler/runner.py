@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.compiler.cuda_graphs import Graphed, Pool
+from fastdiff.compiler.cuda_graphs import Droppable, Graphed, Pool
 from fastdiff.compiler.fingerprint import Watch, digest
 from fastdiff.compiler.graph import value_of
 from fastdiff.compiler.split import Program, is_random
@@ -22,6 +24,10 @@ KEPT = {"weights": 1, "prompt": 4, "schedule": 256, "both": 256}
 REPEATED = ("schedule", "both", "step")
 # The ops that are mostly products: as PyTorch's own counter does, the others are not counted.
 PRODUCTS = ("adaln_attention", "attention", "linear_gate", "linear_quantized", "timestep_mlp")
+# Those whose results a run has before its first step, the same in all of it.
+BEFORE = ("weights", "prompt")
+# Those whose results follow from the time: known for all steps before the first.
+TIMED = ("schedule", "both")
 # Times are compared by value up to this many elements where reading them costs nothing.
 SMALL = 64
 
@@ -49,10 +55,13 @@ class Kept:
         self._entries: OrderedDict[Any, tuple[Any, tuple[Any, ...]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def results(self, values: dict[str, Any], keys: dict[str, Any]) -> tuple[Any, ...]:
+    def results(
+        self, values: dict[str, Any], keys: dict[str, Any], made: tuple[Any, ...] | None = None
+    ) -> tuple[Any, ...]:
         """The program's outputs for these values, computed or found.
 
-        keys: what the inputs other than weights are known by.
+        keys: what the inputs other than weights are known by. made: the outputs, where they were
+        computed elsewhere.
         """
         weights = [values[name] for name in self.weights]
         others = [values[name] for name in self.others]
@@ -70,7 +79,7 @@ class Kept:
                     self.hits += 1
                     return found[0]
         self.misses += 1
-        results: tuple[Any, ...] = self.run(*(values[name] for name in self.program.inputs))
+        results: tuple[Any, ...] = made or self.run(*(values[n] for n in self.program.inputs))
         if known:
             with self._lock:
                 if weights_key == self._weights_key:
@@ -78,6 +87,15 @@ class Kept:
                     while len(self._entries) > KEPT[self.program.name]:
                         self._entries.popitem(last=False)
         return results
+
+    def has(self, keys: dict[str, Any]) -> bool:
+        """Whether a call with these inputs would find its results, if no weight has changed."""
+        with self._lock:
+            return tuple(keys[name] for name in self.others) in self._entries
+
+    def put(self, values: dict[str, Any], keys: dict[str, Any], results: tuple[Any, ...]) -> None:
+        """Keeps results that were computed elsewhere for these values."""
+        self.results(values, keys, results)
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -120,6 +138,20 @@ def _key(value: Any) -> Any:
     return (value.data_ptr(), value._version, value.shape, value.stride(), value.dtype)
 
 
+_THREAD = threading.local()
+
+
+@contextlib.contextmanager
+def instead(run: Callable[[Runner, dict[str, Any]], Any]) -> Iterator[None]:
+    """Within it, what this thread calls of any runner is ``run(runner, its inputs by name)``."""
+    before = getattr(_THREAD, "instead", None)
+    _THREAD.instead = run
+    try:
+        yield
+    finally:
+        _THREAD.instead = before
+
+
 class Runner:
     """Calls the programs of one captured graph in order. Two threads may do so at once.
 
@@ -145,7 +177,9 @@ class Runner:
         self.roles = roles
         made: dict[str, set[str]] = {}  # the placeholders each program's results come from
         self.kept: list[Kept] = []
-        self.graphed: dict[str, Graphed] = {}
+        self.graphed: dict[str, Droppable] = {}
+        self.plain: dict[str, Callable[..., Any]] = {}  # the programs without CUDA graphs
+        self.why_whole = ""
         constant: set[str] = set()
         for program in programs:
             sources: set[str] = set()
@@ -154,6 +188,7 @@ class Runner:
             for name in program.outputs:
                 made.setdefault(name, sources)
             run = program.module if build is None else build(program)
+            self.plain[program.name] = run
             if pool is not None and program.name in REPEATED:
                 run = self.graphed[program.name] = _graphed(program, run, roles, pool, constant)
             if program.name == "weights":
@@ -171,10 +206,47 @@ class Runner:
         self._last = [None] if last is None else last
         self._watch = Watch()
         self._digest: tuple[int, ...] | None = None
+        self.fresh = False  # the weights were looked at for the run whose first call comes next
+
+    @functools.cached_property
+    def random(self) -> bool:
+        """Whether any program draws random numbers."""
+        return any(is_random(n) for program in self.programs for n in program.module.graph.nodes)
+
+    def keys(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What the inputs of kept results are known by."""
+        return {name: _key(values[name]) for name in self._others}
+
+    def begin(self, values: dict[str, Any]) -> None:
+        """Begins a sampling run: results of the programs of :data:`BEFORE` join ``values``."""
+        keys = self.keys(values)
+        if self._weights:
+            self._check(values)
+        for kept in self.kept:
+            if kept.program.name in BEFORE:
+                values.update(zip(kept.program.outputs, kept.results(values, keys), strict=True))
+
+    def stamp(self, values: dict[str, Any], time: str) -> tuple[Any, ...] | None:
+        """What :data:`TIMED` results follow from besides the time, to compare; None: not known."""
+        timed = [kept for kept in self.kept if kept.program.name in TIMED]
+        weights = dict.fromkeys(name for kept in timed for name in kept.weights)
+        others = dict.fromkeys(name for kept in timed for name in kept.others if name != time)
+        found = [_key(values[name]) for name in others]
+        versions = [_weight_key(values[name]) for name in weights]
+        if None in found or any(version is None for _, version in versions):
+            return None
+        return self._digest, *found, *versions
+
+    def run_step(self, values: dict[str, Any]) -> Any:
+        """The step alone, without a CUDA graph of its own."""
+        return self.plain[self.step.name](*(values[name] for name in self.step.inputs))
 
     def __call__(self, *args: Any) -> Any:
         values = dict(zip(self.placeholders, args, strict=True))
-        keys = {name: _key(values[name]) for name in self._others}
+        other = getattr(_THREAD, "instead", None)
+        if other is not None:
+            return other(self, values)
+        keys = self.keys(values)
         if self._weights:
             self._look(values, keys)
         for kept in self.kept:
@@ -195,8 +267,12 @@ class Runner:
         if self._last[0] is not self:
             self._last[0] = self
             begins = True
-        if not begins:
-            return
+        fresh, self.fresh = self.fresh, False
+        if begins and not fresh:
+            self._check(values)
+
+    def _check(self, values: dict[str, Any]) -> None:
+        """Forgets everything kept if weights are not what they were."""
         weights = [values[name] for name in self._weights if not _is_number(values[name])]
         if any(w.is_cuda for w in weights) and torch.cuda.is_current_stream_capturing():
             return  # nothing can be read then
@@ -204,14 +280,15 @@ class Runner:
         if found != self._digest:
             if self._digest is not None:
                 for kept in self.kept:
-                    kept.clear()
+                    if kept.weights:
+                        kept.clear()
             self._digest = found
 
     def clear(self) -> None:
         """Forgets all kept results and CUDA graphs."""
         for kept in self.kept:
             kept.clear()
-        for graphed in self.graphed.values():
+        for graphed in list(self.graphed.values()):
             graphed.drop()
 
 

@@ -60,12 +60,11 @@ class Stored:
 
 
 class _Call(threading.local):
-    """What one thread is calling. graph, outputs: of what was captured in the call."""
+    """What one thread is calling. outputs: of the graph that waits to be stored."""
 
     inputs: dict[str, Any] | None = None
     settings: Any = None
     state: State | None = None
-    graph: dict[str, Any] | None = None
     outputs: Any = None
     captured = 0
 
@@ -82,6 +81,8 @@ class Shelf:
         self._state: State | None = None
         self._now: Stored | None = None
         self._looks = 0
+        # Captured, and not yet run to the end of a call.
+        self._waiting: tuple[State, dict[str, Any]] | None = None
         self._lock = threading.Lock()
         self._call = _Call()
         self.why_not = ""
@@ -132,39 +133,41 @@ class Shelf:
         if call.inputs is None:  # the graphs began anew in this call
             return
         call.captured += 1
-        call.graph = None
+        self._waiting = None
         try:
             if call.captured > 1:
                 raise Unstorable("one call needs several graphs")
             if call.state is None:
                 call.state = State(model, call.inputs, call.settings)
-            call.graph = stored.encode(graph, source)
+            self._waiting = call.state, stored.encode(graph, source)
             self.why_not = ""
         except Unstorable as reason:
             self.why_not = str(reason)
 
     def recorded(self, runner: Runner) -> Callable[..., Any]:
-        """The runner, noting what it gives in the call that captures."""
-        call = self._call
+        """The runner of what was captured last, noting what it gives while that is not stored."""
+        call, mine = self._call, self._waiting
 
         def run(*args: Any) -> Any:
             outputs = runner(*args)
-            if call.graph is not None:
+            if mine is not None and self._waiting is mine:
                 call.outputs = outputs
             return outputs
 
         return run
 
     def keep(self, result: Any) -> None:
-        """Stores what was captured in this call, if that was one graph and all of the model."""
-        call = self._call
-        if call.graph is None or call.state is None:
+        """Stores what was captured, if that was one graph and all of the model."""
+        call, waiting = self._call, self._waiting
+        if waiting is None or call.outputs is None:
             return
+        self._waiting = None
+        state, graph = waiting
         try:
-            if not call.state.unchanged():
+            if not state.unchanged():
                 raise Unstorable("calling the model changes it")
             made = stored.encode_result(result, call.outputs, call.inputs)
-            stored.write(call.state.key, {"graph": call.graph, "result": made})
+            stored.write(state.key, {"graph": graph, "result": made})
         except Unstorable as reason:
             self.why_not = str(reason)
         except OSError as error:
@@ -173,4 +176,4 @@ class Shelf:
     def done(self) -> None:
         """The call is over: nothing of it is held."""
         call = self._call
-        call.inputs = call.settings = call.state = call.graph = call.outputs = None
+        call.inputs = call.settings = call.state = call.outputs = None

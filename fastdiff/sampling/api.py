@@ -98,7 +98,12 @@ def sample(
         True uses the first C (the mean), without it that is an error unless the solver uses it.
     resume: a RunState: the run goes on after the step it was captured in, with its table, state and
         noise; the model, its conditions, ``guidance`` and ``hooks`` are given again.
-    engine: "auto", "cpp" (RuntimeError where it cannot run) or "reference".
+    engine: "auto", "graph", "cpp" or "reference". "graph" replays one recorded step for all rows
+        (see ``fastdiff/sampling/captured.py``); RuntimeError where it or "cpp" cannot run. "auto"
+        replays where it can: models of ``fastdiff.compile`` on CUDA devices, in runs that nothing
+        looks at between the steps: no callback, progress bar or hook, no guidance beyond a scale
+        for every step, noise by ``seed`` or none. Else ``fastdiff.report(model).stepwise`` says
+        why, as does the logger "fastdiff.sampling" at level DEBUG.
 
     Runs without autograd. Raises ValueError or TypeError for bad arguments and for a model output
     of the wrong kind, shape, dtype or device. NaNs are not looked for: that would cost a

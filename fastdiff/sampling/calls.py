@@ -175,21 +175,33 @@ def _unwrap(output: Any) -> Tensor:
 
 
 class PlainEvaluate:
-    """The model as it is; guidance, conversion and scaling are the loop's."""
+    """The model as it is; guidance, conversion and scaling are the loop's.
+
+    versions: the model knows its inputs by their versions (one of ``fastdiff.compile`` does), and
+    the kernels of the loop, which write to one input in every row, count none.
+    """
 
     def __init__(
-        self, model: Callable[..., Any], table: SolverTable, kwargs: Kwargs, outputs: Outputs
+        self,
+        model: Callable[..., Any],
+        table: SolverTable,
+        kwargs: Kwargs,
+        outputs: Outputs,
+        versions: bool = False,
     ) -> None:
         self._model = model
+        self._versions = versions
         self._kwargs = dict(kwargs)
         self.accept = outputs.accept
         # One tensor per step, made before the run.
-        self._times = table.time_tensors(
+        self.times = table.time_tensors(
             outputs.shape[0], state_dtype(outputs.dtype), outputs.device
         )
 
     def __call__(self, model_input: Tensor, row: int, /) -> Any:
-        return self._model(model_input, self._times[row], **self._kwargs)
+        if self._versions and not model_input.is_inference():
+            torch.autograd.graph.increment_version(model_input)
+        return self._model(model_input, self.times[row], **self._kwargs)
 
 
 class ComposedEvaluate:

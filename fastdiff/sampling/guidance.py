@@ -93,9 +93,18 @@ class Guidance:
 
     def plain(self, table: SolverTable) -> bool:
         """Whether the loop's own kernels do all of it: one batch of 2B in every row, or of B."""
-        if self.rescale or self.guide or self.gradient:
-            return False
-        return not is_guided(table) or (self.batched and 1.0 not in table.scales)
+        return not self.beyond(table)
+
+    def beyond(self, table: SolverTable) -> str:
+        """What of it :meth:`plain` does not cover, in words; "" where that is true."""
+        parts = {
+            "rescale": self.rescale,
+            "guide": self.guide,
+            "gradient": self.gradient,
+            "batched=False": is_guided(table) and not self.batched,
+            "rows without guidance": is_guided(table) and 1.0 in table.scales,
+        }
+        return ", ".join(name for name, given in parts.items() if given)
 
 
 def check_scale(name: str, value: object) -> float | tuple[float, ...]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.sampling.calls import Arguments, ComposedEvaluate, Outputs, PlainEvaluate
 from fastdiff.sampling.guidance import Guidance, is_guided
 from fastdiff.sampling.hooks import Hook, RunFacts
 from fastdiff.sampling.state import RunState
 from fastdiff.solvers.engine import OnStep, StepInfo, run, state_dtype
+from fastdiff.solvers.grids import check_choice
 from fastdiff.solvers.noise import Noise
 from fastdiff.solvers.table import SolverTable
+
+ENGINES = ("auto", "graph", "cpp", "reference")
+_LOG = logging.getLogger("fastdiff.sampling")
 
 
 @dataclass
@@ -23,7 +29,8 @@ class Run:
     """What the tables of a run have in common; the fields are ``fastdiff.sample``'s arguments.
 
     shape, device, dtype: of the model's input. noise: of the state's dtype. initial: the noise the
-    run started from, kept where there are hooks, which may ask for it.
+    run started from, kept where there are hooks, which may ask for it. stepwise: after ``loop``,
+    why it was no replay of a recorded step, or "".
     """
 
     model: Callable[..., Any]
@@ -39,6 +46,7 @@ class Run:
     drop_variance: bool = False
     engine: str = "auto"
     initial: Tensor | None = None
+    stepwise: str = ""
     _arguments: dict[bool, Arguments] = field(default_factory=dict)
 
     @property
@@ -121,18 +129,44 @@ class Run:
         resume: tuple[int, Sequence[Tensor | None]] | None = None,
         owned: bool = False,
     ) -> Tensor:
-        """The state after the table's rows, in the state's dtype; see ``engine.run``."""
+        """The state after the table's rows, in the state's dtype; see ``engine.run``.
+
+        RuntimeError for engine "graph" where the run cannot be the replay of a recorded step.
+        """
+        check_choice("engine", self.engine, ENGINES)
         guided = is_guided(table)
         arguments = self.arguments(guided)
         evaluate: PlainEvaluate | ComposedEvaluate
-        if self.guidance.plain(table) and not self.hooks and not table.has_rules:
-            copies = 2 if guided else 1
-            outputs = self._outputs(copies, state)
-            kwargs = arguments.stacked if guided else arguments.cond
-            evaluate = PlainEvaluate(self.model, table, kwargs, outputs)
+        self.stepwise = self._why_stepwise(table, after)
+        plain = self.guidance.plain(table) and not self.hooks and not table.has_rules
+        copies = 2 if guided and plain else 1
+        outputs = self._outputs(copies, state)
+        kwargs = arguments.stacked if guided else arguments.cond
+        if not self.stepwise:
+            from fastdiff.sampling.captured import replayed
+
+            done = replayed(
+                _compiled(self.model),
+                table,
+                state,
+                kwargs,
+                outputs,
+                copies=copies,
+                noise=self.noise,
+                resume=resume,
+            )
+            if isinstance(done, Tensor):
+                return done
+            self.stepwise = done
+        self._tell()
+        before: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if plain:
+            compiled = _compiled(self.model)
+            evaluate = PlainEvaluate(self.model, table, kwargs, outputs, compiled is not None)
+            if compiled is not None:
+                before = _ahead(compiled, evaluate.times, state, outputs, kwargs)
             plan, noise, seen = table, self.noise, self.dtype
         else:
-            copies, outputs = 1, self._outputs(1, state)
             composed = ComposedEvaluate(
                 self.model, table, arguments, outputs, self.guidance, self.hooks, self.noise
             )
@@ -146,7 +180,7 @@ class Run:
                 hook.step(info)
             return after is None or after(info)
 
-        with torch.no_grad():
+        with torch.no_grad(), before:
             return run(
                 plan,
                 state,
@@ -155,15 +189,59 @@ class Run:
                 copies=copies,
                 noise=noise,
                 on_step=on_step if after is not None or stepping else None,
-                engine=self.engine,
+                engine="auto" if self.engine == "graph" else self.engine,
                 resume=resume,
                 owned=owned,
             )
+
+    def _why_stepwise(self, table: SolverTable, after: OnStep | None) -> str:
+        """Why nobody need try to replay a recorded step, or ""."""
+        if self.engine not in ("auto", "graph"):
+            return f"engine={self.engine!r}"
+        if _compiled(self.model) is None:
+            return "the model is not one that fastdiff.compile was given"
+        if self.hooks:
+            return f"hooks: {', '.join(type(hook).__name__ for hook in self.hooks)}"
+        if after is not None:
+            return "a callback or a progress bar follows the steps"
+        if table.has_rules:
+            return f"a rule of {table.name} is not linear"
+        if not self.guidance.plain(table):
+            return f"guidance: {self.guidance.beyond(table)}"
+        return ""
+
+    def _tell(self) -> None:
+        """Why the run goes step by step, to whom it concerns."""
+        if self.engine == "graph":
+            raise RuntimeError(f"engine='graph' cannot run: {self.stepwise}")
+        _LOG.debug("step by step: %s", self.stepwise)
+        compiled = _compiled(self.model)
+        if compiled is not None:
+            compiled.stepwise[self.stepwise] += 1
 
     def _outputs(self, copies: int, state: Tensor) -> Outputs:
         shape = torch.Size((copies * self.shape[0], *self.shape[1:]))
         memory_format = _memory_format(state)
         return Outputs(shape, self.dtype, state.device, memory_format, self.drop_variance)
+
+
+def _compiled(model: Any) -> Any:
+    """What ``fastdiff.compile`` put in a model; None for what it was not given."""
+    if not isinstance(model, nn.Module) or model._compiled_call_impl is None:
+        return None  # and the compiler need not be imported
+    from fastdiff.compiler.api import compiled
+
+    return compiled(model)
+
+
+def _ahead(
+    compiled: Any, times: Sequence[Tensor], state: Tensor, outputs: Outputs, kwargs: Any
+) -> contextlib.AbstractContextManager[None]:
+    """``captured.ahead`` for the calls of that loop."""
+    from fastdiff.sampling.captured import ahead
+
+    like = torch.zeros(outputs.shape, dtype=outputs.dtype, device=state.device)
+    return ahead(compiled, times, like.to(memory_format=outputs.memory_format), kwargs)
 
 
 def _memory_format(state: Tensor) -> torch.memory_format:

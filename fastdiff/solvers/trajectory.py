@@ -24,11 +24,13 @@ The bits are those of ``fastdiff.sample`` with the same model and noise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.ops.solver_step import empty_stack
 from fastdiff.ops.solver_step_indexed import solver_step_indexed_
 from fastdiff.solvers.table import SolverTable
 
@@ -63,13 +65,35 @@ def pick_row(rows: Tensor, counter: Tensor) -> Tensor:
     return rows.index_select(0, counter.clamp(max=rows.shape[0] - 1).reshape(1))[0]
 
 
+def _columns(
+    table: SolverTable, registers: int, rows: int, device: torch.device, time_dtype: torch.dtype
+) -> dict[str, Any]:
+    """The tensors of an IndexedTable; 0 in the rows that the table has not got."""
+    numbers = rows_dtype(device)
+    values = {
+        "rows": torch.from_numpy(dense_rows(table, registers)).to(numbers),
+        "scales": torch.tensor([row.input_scale for row in table.rows], dtype=numbers),
+        "feeds": torch.tensor(table.feeds),
+        "times": torch.cat(table.time_tensors(1, time_dtype, torch.device("cpu"))),
+        "draws": torch.tensor([max(row.draw, 0) for row in table.rows]),
+    }
+    missing = rows - len(table)
+    with torch.inference_mode(False):
+        return {
+            name: torch.cat([value, value.new_zeros(missing, *value.shape[1:])]).to(device)
+            for name, value in values.items()
+        }
+
+
 @dataclass(frozen=True)
 class IndexedTable:
     """A table's rows as tensors on one device, for a step whose row is a tensor.
 
-    rows: [N, 1 + R, R + 2], see :func:`dense_rows`. scales: [N], of the model's input. feeds: [N],
-    the register that feeds the model, None where it is always the state. times: [N], int64 where
-    all are whole. draws: [N], the noise draw of each row. draws_noise: whether there is any.
+    :meth:`load` puts another table in the same memory, so that what was recorded of a step serves
+    it, too. rows: [N, 1 + R, R + 2], see :func:`dense_rows`. scales: [N], of the model's input.
+    feeds: [N], the register that feeds the model, None where it is always the state. times: [N],
+    int64 where all are whole. draws: [N], the noise draw of each row. draws_noise: whether there
+    is any.
     """
 
     rows: Tensor
@@ -81,29 +105,54 @@ class IndexedTable:
 
     @staticmethod
     def of(
-        table: SolverTable, device: torch.device | str, time_dtype: torch.dtype = torch.float32
+        table: SolverTable,
+        device: torch.device | str,
+        time_dtype: torch.dtype = torch.float32,
+        *,
+        registers: int = 0,
+        rows: int = 0,
     ) -> IndexedTable:
-        """time_dtype: of times that are not all whole. ValueError for a table with rules."""
+        """time_dtype: of times that are not all whole. registers, rows: room for so many.
+
+        ValueError for a table with rules.
+        """
         if table.has_rules:
             raise ValueError(f"table must have no rules here, {table.name} has")
-        device = torch.device(device)
-        numbers = rows_dtype(device)
-        rows = torch.from_numpy(dense_rows(table, table.num_registers)).to(numbers)
-        scales = torch.tensor([row.input_scale for row in table.rows], dtype=numbers)
-        feeds = torch.tensor(table.feeds) if any(table.feeds) else None
-        draws = torch.tensor([max(row.draw, 0) for row in table.rows])
-        return IndexedTable(
-            rows=rows.to(device),
-            scales=scales.to(device),
-            feeds=None if feeds is None else feeds.to(device),
-            times=torch.cat(table.time_tensors(1, time_dtype, device)),
-            draws=draws.to(device),
-            draws_noise=table.num_draws > 0,
+        room = max(registers, table.num_registers), max(rows, len(table))
+        columns = _columns(table, *room, torch.device(device), time_dtype)
+        if not any(table.feeds) and not (registers > 1 and rows):
+            columns["feeds"] = None  # room for others: tables to come may feed from any register
+        return IndexedTable(**columns, draws_noise=table.num_draws > 0)
+
+    def holds(self, table: SolverTable) -> bool:
+        """Whether there is room for the table."""
+        feeds = self.feeds is not None or not any(table.feeds)
+        return feeds and self.rows.shape[0] >= len(table) and self.registers >= table.num_registers
+
+    def load(self, table: SolverTable) -> None:
+        """The rows of another table, in the same memory; it must have room for them."""
+        columns = _columns(
+            table, self.registers, self.rows.shape[0], self.rows.device, self.times.dtype
         )
+        for name, new in columns.items():
+            kept = getattr(self, name)
+            if kept is not None:
+                kept.copy_(new)
+
+    @property
+    def registers(self) -> int:
+        """How many registers the rows are for."""
+        return int(self.rows.shape[1]) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        kept = (self.rows, self.scales, self.feeds, self.times, self.draws)
+        return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
     def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(registers [R, B, ...] with the state ``x`` as the first, index 0)."""
-        registers = torch.zeros((self.rows.shape[1] - 1, *x.shape), dtype=x.dtype, device=x.device)
+        registers = empty_stack(x, self.registers).zero_()
         registers[0].copy_(x)
         return registers, torch.zeros((), dtype=torch.int64, device=x.device)
 

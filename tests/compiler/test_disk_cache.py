@@ -497,3 +497,18 @@ def test_files_of_another_version_are_not_read(tmp_path, monkeypatch):
     report = compiled(model)
     model(x, t)
     assert stored_flags(report()) == [False]
+
+
+def test_runs_of_sample_are_stored(tmp_path):
+    import fastdiff
+
+    model, _ = made("zoo_dit")
+    labels = torch.tensor([3, 4])
+    right = None
+    for run in range(2):
+        report = compiled(model)
+        found = fastdiff.sample(model, (2, 1, 8, 8), steps=3, seed=0, cond={"y": labels})
+        assert stored_flags(report()) == [bool(run)]
+        assert right is None or torch.equal(found, right)
+        right = found
+    assert len(files(tmp_path)) == 1
