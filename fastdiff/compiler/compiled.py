@@ -72,10 +72,12 @@ class Compiled:
     """Stands in for a module's call; see ``fastdiff.compile``.
 
     options: see `Options`.
-    token: gives an object that is another one in each sampling run; see `Runner`.
+    token: gives an object that is another one in each sampling run; length: the number of its
+    steps, or None; see `Runner`.
     """
 
     token: Callable[[], Any] | None = None
+    length: Callable[[], int | None] | None = None
 
     def __init__(
         self, model: nn.Module, options: Options, roles: Mapping[str, str] | None = None
@@ -220,6 +222,7 @@ class Compiled:
             "" if self.cast is None else f"{self.cast.before} to {self.cast.after}",
             self.options.quantize or "",
             *self._quantized(entries),
+            "" if self.options.cache is None else self.options.cache.kind,
         )
 
     def _quantized(self, entries: list[Entry]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -27,7 +27,11 @@ class GraphReport:
     products are of half precision. calls: stage of compiling -> calls that launch something, an
     estimate. seconds: from the call to the captured graph. why_whole:
     why it was left as it was, or "". why_piece: why it is not the whole model, or "".
-    cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
+    cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}. cache: {} without a step
+    cache; {"kind", "why_not"} where it cannot be; else also {"whole": why -> steps, "part": steps,
+    "flops_whole", "flops_part": of one step, "saved": of the FLOPs of all steps so far, "bytes":
+    kept now, "measured", "runs": the last runs, the newest first, {"error": relative errors in the
+    L2 norm of the model's results, "psnr": in dB} by step computed in part, if measured}.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -43,6 +47,7 @@ class GraphReport:
     why_unfused: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     half: bool = False
+    cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hoisted(self) -> float:
@@ -73,7 +78,8 @@ class Report:
     captures: how often a graph was captured, those no longer kept included.
     cast: from what dtype to what, or "". quantize: "int8", "fp8" or "". quantized: layer ->
     {"weight", "output"}, the relative errors in the Frobenius norm (see `passes.quantize.errors`),
-    the worst first; for the weights as they are now. unquantized: other layers -> why.
+    the worst first; for the weights as they are now. unquantized: other layers -> why. cache: the
+    kind of the step cache or "".
     """
 
     model: str
@@ -87,6 +93,7 @@ class Report:
     quantize: str = ""
     quantized: dict[str, dict[str, float]] = field(default_factory=dict)
     unquantized: dict[str, str] = field(default_factory=dict)
+    cache: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -117,6 +124,7 @@ class Report:
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
             for name, facts in graph.cuda_graphs.items():
                 lines.append(f"  CUDA graph of {name}: {_cuda_graph(facts)}")
+            lines += _step_cache(graph.cache)
             stages = list(graph.calls.items())
             if stages:
                 (_, first), (_, last) = stages[0], stages[-1]
@@ -125,7 +133,8 @@ class Report:
             lines.append(f"  a step takes at least: {limits}")
             lines.append(f"  {graph.hoisted:.1%} of the FLOPs are not repeated in every step")
         for reason, count in self.eager.items():
-            lines.append(f"ran as it is {count} times: {reason}")
+            without = f", without {self.cache}" if self.cache else ""
+            lines.append(f"ran as it is {count} times{without}: {reason}")
         lines.append(
             f"kept results: {self.kept_bytes / 2**20:.1f} MiB, found {self.hits} times, "
             f"computed {self.misses} times"
@@ -153,3 +162,29 @@ def _cuda_graph(facts: dict[str, Any]) -> str:
         f"recorded {facts['recordings']} times, replayed {facts['replays']} times, "
         f"{facts['bytes'] / 2**20:.1f} MiB"
     )
+
+
+def _step_cache(facts: dict[str, Any]) -> list[str]:
+    if not facts:
+        return []
+    kind = facts["kind"]
+    if facts["why_not"]:
+        return [f"  {kind}: all steps are whole: {facts['why_not']}"]
+    share = facts["flops_part"] / facts["flops_whole"] if facts["flops_whole"] else 1.0
+    lines = [
+        f"  {kind}: {sum(facts['whole'].values())} steps whole, {facts['part']} in part, with "
+        f"{share:.1%} of the FLOPs; {facts['saved']:.1%} of the FLOPs of all steps saved"
+    ]
+    lines += [f"    {count} whole: {why}" for why, count in facts["whole"].items()]
+    if not facts["measured"]:
+        lines.append("    deviation: not measured ('measure' of cache)")
+    elif not facts["runs"]:
+        lines.append("    deviation: no step in part so far")
+    else:
+        run = facts["runs"][0]
+        lines.append(
+            f"    deviation, last run: relative L2 {max(run['error']):.2e} at most, "
+            f"{sum(run['error']) / len(run['error']):.2e} on average, PSNR {min(run['psnr']):.1f} "
+            f"dB at least, over {len(run['error'])} steps in part"
+        )
+    return lines
