@@ -81,9 +81,10 @@ def mark(graph: fx.Graph, model: nn.Module, roles: dict[str, str], options: Cach
     """Finds the cut, and keeps its values alive. CannotCut with the reason where there is none."""
     if "time" not in roles.values():
         raise CannotCut("no argument is a time, so nothing tells where a run begins")
-    sampled = {n for n, d in dependencies(graph, roles).items() if program_of(d) == "step"}
+    depends = dependencies(graph, roles)
+    sampled = {n for n, d in depends.items() if program_of(d) == "step"}
     if options.kind == "deepcache":
-        marks = Marks(options, [_deep(graph, sampled, options.branch)])
+        marks = Marks(options, [_deep(graph, depends, options.branch)])
     else:
         x, first, pairs = _first_block(graph, model, sampled)
         values = [x, first, *(base for base, _ in pairs)]
@@ -209,21 +210,34 @@ def _ancestors(graph: fx.Graph) -> dict[fx.Node, int]:
     return found
 
 
-def _deep(graph: fx.Graph, sampled: set[fx.Node], branch: int) -> fx.Node:
-    """What comes up from below at the skip connection number ``branch``, from the outside."""
+def _deep(graph: fx.Graph, depends: dict[fx.Node, frozenset[str]], branch: int) -> fx.Node:
+    """What comes up from below at the skip connection number ``branch``, from the outside.
+
+    A skip connection is a concatenation of two values of which one is made of the other (but for
+    what no weights are multiplied with: a ControlNet's sum, a filter), by layers with weights that
+    include those under the skip connection before it.
+    """
     before = _ancestors(graph)
-    work = sum(1 << i for i, n in enumerate(graph.nodes) if n in sampled and calls(n, *WORK))
+    work = weighted = 0
+    for number, node in enumerate(graph.nodes):
+        if calls(node, *WORK) and program_of(depends[node]) == "step":
+            work |= 1 << number
+            if any(depends[parent] == {"weights"} for parent in node.all_input_nodes):
+                weighted |= 1 << number
     found: list[fx.Node] = []
+    under = 0
     for node in graph.nodes:
         parts = node.args[0] if calls(node, "cat", "concat", "concatenate") and node.args else ()
         if not isinstance(parts, (list, tuple)) or len(parts) != 2:
             continue
-        if not all(is_tensor(part) and part in sampled for part in parts):
+        if not all(is_tensor(p) and program_of(depends[p]) == "step" for p in parts):
             continue
         for deep, skip in (tuple(parts), tuple(parts[::-1])):
-            deeper = before[deep] & ~before[skip] & work
-            if deeper and before[skip] & work and not before[skip] & ~before[deep] & work:
+            deeper = before[deep] & ~before[skip] & weighted
+            early = before[skip] & work and not before[skip] & ~before[deep] & work
+            if deeper and early and not under & ~deeper:
                 found.append(deep)
+                under = deeper
     if not found:
         raise CannotCut(
             "deepcache looks for a concatenation of a value with an earlier one that it is made "
@@ -349,7 +363,8 @@ def _stream(inputs: list[fx.Node], outputs: list[fx.Node]) -> tuple[fx.Node, fx.
     if len(pairs) == 1:
         return pairs[0]
     raise CannotCut(
-        f"first_block looks for the one value that the first block adds to, and found {len(pairs)}"
+        "first_block looks for the one value that the first block adds to, and found "
+        f"{len(pairs)} ('deepcache' is for U-Nets)"
     )
 
 

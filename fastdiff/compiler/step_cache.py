@@ -251,7 +251,7 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
 def deviation(mine: Sequence[Any], right: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """(relative error in the L2 norm, PSNR in dB) of the first tensor of floating point.
 
-    The peak of the PSNR is the largest magnitude of the right values.
+    The peak of the PSNR is the range of the right values.
     """
     pair = next(
         (a, b)
@@ -261,4 +261,4 @@ def deviation(mine: Sequence[Any], right: Sequence[Any]) -> tuple[Tensor, Tensor
     mine_, right_ = (tensor.detach().double() for tensor in pair)
     difference = (mine_ - right_).square().mean()
     error = (difference / right_.square().mean()).sqrt()
-    return error, 10 * torch.log10(right_.abs().max().square() / difference)
+    return error, 10 * torch.log10((right_.max() - right_.min()).square() / difference)
