@@ -86,10 +86,10 @@ def compile(
           the report. That costs what the cache saves.
 
         A run begins, whole, with another condition (by identity), where the time turns round, in
-        another thread or call of a pipeline, and after a change of weights. Two samples that take
-        turns at the same times and condition are computed whole. Outside of a pipeline a time on
-        another device than the CPU is waited for in each step. Where a model cannot be cut, it runs
-        whole and the report has the reason.
+        another thread or call of a pipeline, and after a change of weights. Where a time comes
+        twice in a row, two samples may take turns, and steps are whole until it moves on alone.
+        Outside of a pipeline a time on another device than the CPU is waited for in each step.
+        Where a model cannot be cut, it runs whole and the report has the reason.
 
     Raises TypeError for something else than a module or a pipeline, ValueError for bad options.
     ``report(model)`` says what was done.

@@ -356,15 +356,13 @@ def _with_base(end: fx.Node, outputs: list[fx.Node]) -> fx.Node:
 
 def _stream(inputs: list[fx.Node], outputs: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     """The input and the output of the first block that the residual connections join."""
-    pairs = [(x, y) for y in outputs for x in inputs if _same(x, y)]
-    joined = [(x, y) for x, y in pairs if _leads(y, x)]
-    if joined:
-        return joined[0]
-    if len(pairs) == 1:
-        return pairs[0]
+    for output in outputs:
+        for source in inputs:
+            if _same(source, output) and _leads(output, source):
+                return source, output
     raise CannotCut(
-        "first_block looks for the one value that the first block adds to, and found "
-        f"{len(pairs)} ('deepcache' is for U-Nets)"
+        "first_block looks for a value that the first block adds to and hands on to the second "
+        "one, and there is none ('deepcache' is for U-Nets)"
     )
 
 

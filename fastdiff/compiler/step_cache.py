@@ -45,7 +45,8 @@ class Run:
     weights: tuple[Any, ...] = ()
     steps: int = 0
     since: int = 0  # the number of the last whole step
-    turns: bool = False
+    turns: bool = False  # samples may take turns: a time came twice
+    moves: int = 0  # calls since then
     kept: dict[str, Tensor] = field(default_factory=dict)
     first: Tensor | None = None
     errors: deque[tuple[Tensor, Tensor]] = field(default_factory=lambda: deque(maxlen=MEASURED))
@@ -164,8 +165,10 @@ class StepCache:
             run.steps, run.since, run.turns = 0, 0, False
             run.kept, run.first = {}, None
             run.errors.clear()
-        if again:
-            run.turns = True
+            run.moves = 0
+        # One that came twice by itself (the second of PLMS) is over when the time has moved twice.
+        run.moves = 0 if again else run.moves + 1
+        run.turns = again or (run.turns and run.moves < 2)
         return run, self._why_whole(run, begins)
 
     def _why_whole(self, run: Run, begins: bool) -> str:
