@@ -75,7 +75,7 @@ def compile(
 
         - deepcache, for U-Nets (https://arxiv.org/abs/2312.00858): "interval" (3): every so many
           steps one is computed whole; "branch" (0): the skip connection, from the outside, at
-          which the steps between take what comes from below from the step before.
+          which the steps between take what comes from below from the last whole step.
         - first_block, for transformers (the first-block cache of ParaAttention): "threshold"
           (0.05; 0.05 to 0.12 are in use): the first block always runs; where its residual differs
           by less from the last whole step's (mean|new - old| / mean|old|), what the other blocks
