@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdiff.compiler.compiled import Compiled
 from fastdiff.compiler.cuda_graphs import MAX_BYTES
-from fastdiff.compiler.options import Options
+from fastdiff.compiler.options import CacheOptions, Options
 from fastdiff.compiler.passes.quantize import check
 
 Model = TypeVar("Model")
@@ -31,6 +31,7 @@ def compile(
     dtype: torch.dtype | None = None,
     disk_cache: bool = True,
     components: Iterable[str] | None = None,
+    cache: str | Mapping[str, Any] | None = None,
 ) -> Model:
     """The same model, whose calls run fused and without repeating what a step does not change.
 
@@ -75,6 +76,27 @@ def compile(
         ``fastdiff.environment.cache_folder()``, and use those that an earlier process stored for
         the same code, settings and shapes. At most 512 MiB; the report says what was not stored.
     components: of a pipeline, the names of those to change; None: all of the above.
+    cache: changes results. Some steps of a sampling run are computed in part, the rest comes from
+        an earlier step: "deepcache" or "first_block", or a dictionary with one of them as "kind"
+        and
+
+        - deepcache, for U-Nets (https://arxiv.org/abs/2312.00858): "interval" (3): every so many
+          steps one is computed whole; "branch" (0): the skip connection, from the outside, at
+          which the steps between take what comes from below from the last whole step.
+        - first_block, for transformers (the first-block cache of ParaAttention): "threshold"
+          (0.05; 0.05 to 0.12 are in use): the first block always runs; where its residual differs
+          by less from the last whole step's (mean|new - old| / mean|old|), what the other blocks
+          added then is added again. The host waits for the device once per step to compare.
+        - "first" (1) and "last" (0): how many steps of a run are whole in any case; "steps": how
+          many a run has, which "last" needs and a pipeline knows.
+        - "measure" (False): steps computed in part are computed whole, too, for the deviation in
+          the report. That costs what the cache saves.
+
+        A run begins, whole, with another condition (by identity), where the time turns round, in
+        another thread or call of a pipeline, and after a change of weights. Where a time comes
+        twice in a row, two samples may take turns, and steps are whole until it moves on alone.
+        Outside of a pipeline a time on another device than the CPU is waited for in each step.
+        Where a model cannot be cut, it runs whole and the report has the reason.
 
     Raises TypeError for something else than a module or a pipeline, ValueError for bad options.
     ``report(model)`` says what was done.
@@ -82,8 +104,16 @@ def compile(
     if isinstance(skip, str):
         raise TypeError(f"skip must be a list of names or patterns, got {skip!r}")
     options = Options(
-        *(mode, freeze, max_graphs, cuda_graphs, max_graph_bytes, quantize, tuple(skip), dtype),
-        disk_cache,
+        mode=mode,
+        freeze=freeze,
+        max_graphs=max_graphs,
+        cuda_graphs=cuda_graphs,
+        max_graph_bytes=max_graph_bytes,
+        quantize=quantize,
+        skip=tuple(skip),
+        dtype=dtype,
+        cache=CacheOptions.of(cache),
+        disk_cache=disk_cache,
     )
     if is_pipeline(model):
         from fastdiff.integrations.diffusers import pipeline
@@ -99,6 +129,11 @@ def compile(
         )
     if components is not None:
         raise ValueError(f"components must be None for a module, got {components}")
+    if options.cache is not None and options.cache.last and options.cache.steps is None:
+        raise ValueError(
+            "cache['steps'] must be the number of steps of a run where cache['last'] is given, "
+            "got None"
+        )
     check((model,), options)
     install(model, options, roles)
     return model

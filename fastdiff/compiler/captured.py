@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from fastdiff.compiler import cuts
 from fastdiff.compiler.functional import functionalise, repair
 from fastdiff.compiler.graph import is_tensor, name_of, value_of
 from fastdiff.compiler.inductor import compile_program
@@ -221,12 +222,16 @@ class Graph:
         self._calls = {"captured": calls_of(graph.nodes)}
         self.quantized: list[str] = []
         self.unquantized: dict[str, str] = {}
+        self._cache, self._why_uncut = options.cache, ""
+        cut = None
         if self.why_whole:
+            self._why_uncut = f"it is left as it was: {self.why_whole}"
             body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
             programs = [Program("step", module, names, (), len(body))]
         else:
             tidy(graph)
             self._calls["tidied"] = calls_of(graph.nodes)
+            marks = self._marked(graph, owner, roles)
             quantize = Quantize(owner.model, options, roles) if options.quantize else None
             for name, fuse in passes_for(options, quantize).items():
                 self.fused[name] = fuse(graph)
@@ -235,7 +240,7 @@ class Graph:
                     self._calls[name] = calls_of(graph.nodes)
             if quantize is not None:
                 self.quantized, self.unquantized = quantize.done, quantize.left
-            graph.lint()
+            cut = self._cut(module, roles, marks)
             programs = split(module, roles)
             self._calls["hoisted"] = calls_of(programs[-1].module.graph.nodes)
         self._after = len(graph.nodes)
@@ -253,10 +258,39 @@ class Graph:
             owner.token,
             last,
             options.freeze,
+            cut,
+            owner.length,
         )
         self.runner.why_whole = self.why_whole
         self.schedule = Schedule(self.runner)
         self._seconds = seconds + time.perf_counter() - started
+
+    def _marked(self, graph: fx.Graph, owner: Compiled, roles: dict[str, str]) -> cuts.Marks | None:
+        """Where its steps can be cut, if they are to be and can be."""
+        if self._cache is None:
+            return None
+        if self._why_piece:
+            self._why_uncut = "the model is captured in pieces"
+            return None
+        try:
+            return cuts.mark(graph, owner.model, roles, self._cache)
+        except cuts.CannotCut as error:
+            self._why_uncut = str(error)
+            return None
+
+    def _cut(
+        self, module: fx.GraphModule, roles: dict[str, str], marks: cuts.Marks | None
+    ) -> cuts.Cut | None:
+        """The programs of a step in pieces; the graph is without marks after it."""
+        nodes = ([], []) if marks is None else cuts.release(module.graph, marks)
+        module.graph.lint()
+        if marks is None:
+            return None
+        try:
+            return cuts.programs_of(module, roles, marks, nodes)
+        except cuts.CannotCut as error:
+            self._why_uncut = str(error)
+            return None
 
     def finished(self) -> GraphReport:
         """The report of this graph."""
@@ -264,6 +298,7 @@ class Graph:
             for device, dtype in self._autocast.items():
                 stack.enter_context(torch.autocast(device, dtype))
             flops = {program.name: fake_flops(program) for program in self.runner.programs}
+            cache = self._cache_facts()
         return GraphReport(
             self._shapes,
             dict(self.fused),
@@ -281,9 +316,18 @@ class Graph:
             dict(self._why_unfused),
             dict(self._calls),
             self._half,
-            self._stored,
-            self.schedule.facts(),
+            stored=self._stored,
+            schedule=self.schedule.facts(),
+            cache=cache,
         )
+
+    def _cache_facts(self) -> dict[str, Any]:
+        if self._cache is None:
+            return {}
+        if self.runner.cache is None:
+            return {"kind": self._cache.kind, "why_not": self._why_uncut}
+        pieces = self.runner.cache.cut.programs
+        return self.runner.cache.facts({name: fake_flops(p) for name, p in pieces.items()})
 
 
 def _source(node: fx.Node) -> str:

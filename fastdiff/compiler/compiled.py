@@ -85,12 +85,14 @@ class Compiled:
     """Stands in for a module's call; see ``fastdiff.compile``.
 
     options: see `Options`.
-    token: gives an object that is another one in each sampling run; see `Runner`.
+    token: gives an object that is another one in each sampling run; length: the number of its
+    steps, or None; see `Runner`.
     lock: taken before the pool's. trajectories: recorded for ``fastdiff.sample``, by what they are
     made for; the least recently used first. stepwise: why runs of it were none, with counts.
     """
 
     token: Callable[[], Any] | None = None
+    length: Callable[[], int | None] | None = None
 
     def __init__(
         self, model: nn.Module, options: Options, roles: Mapping[str, str] | None = None
@@ -265,8 +267,11 @@ class Compiled:
             "" if self.cast is None else f"{self.cast.before} to {self.cast.after}",
             self.options.quantize or "",
             *self._quantized(entries),
-            list(dict.fromkeys(e.shelf.why_not for e in entries if e.shelf and e.shelf.why_not)),
-            dict(self.stepwise),
+            unstored=list(
+                dict.fromkeys(e.shelf.why_not for e in entries if e.shelf and e.shelf.why_not)
+            ),
+            stepwise=dict(self.stepwise),
+            cache="" if self.options.cache is None else self.options.cache.kind,
         )
 
     def _quantized(self, entries: list[Entry]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -63,6 +63,8 @@ def insert(
 ) -> fx.Node:
     """A call of ``target`` before a node, with its fake value; a string is a method's name.
 
+    It counts as a call of the same module as that node.
+
     What the target raises on fake tensors comes through, and leaves the graph as it was.
     """
     values = fx.node.map_arg((args, kwargs), value_of)
@@ -80,6 +82,8 @@ def insert(
         else:
             node = graph.call_function(target, args, kwargs)
     node.meta["example_value"] = result
+    if "nn_module_stack" in before.meta:
+        node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
     return node
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,6 +13,63 @@ from fastdiff.compiler.cuda_graphs import MAX_BYTES
 MODES = ("default", "max")
 QUANTIZE = (None, "int8", "fp8")
 DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
+
+# What each kind of step cache can be told, besides what all can.
+CACHES = {"deepcache": ("interval", "branch"), "first_block": ("threshold",)}
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Steps that are computed in part; see ``fastdiff.compile`` for the meaning.
+
+    ValueError or TypeError, as `Options`.
+    """
+
+    kind: str
+    interval: int = 3
+    branch: int = 0
+    threshold: float = 0.05
+    first: int = 1
+    last: int = 0
+    steps: int | None = None
+    measure: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("cache['interval']", self.interval, 1)
+        _at_least("cache['branch']", self.branch, 0)
+        _at_least("cache['first']", self.first, 1)
+        _at_least("cache['last']", self.last, 0)
+        if self.steps is not None:
+            _at_least("cache['steps']", self.steps, 1)
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not 0 <= self.threshold < float("inf"):
+            raise ValueError(
+                f"cache['threshold'] must be a number of at least 0, got {self.threshold!r}"
+            )
+        if not isinstance(self.measure, bool):
+            raise TypeError(f"cache['measure'] must be True or False, got {self.measure!r}")
+
+    @classmethod
+    def of(cls, value: Any) -> CacheOptions | None:
+        """What the user gave: None, a kind, or a dictionary with one and its parameters."""
+        if value is None or isinstance(value, cls):
+            return value
+        given = dict(value) if isinstance(value, Mapping) else {"kind": value}
+        kind = given.get("kind")
+        if kind not in tuple(CACHES):
+            got = value if isinstance(value, Mapping) else repr(value)
+            raise ValueError(
+                f"cache must be None, one of {', '.join(CACHES)}, or a dictionary with one of "
+                f"them as 'kind', got {got}"
+            )
+        own = {name for names in CACHES.values() for name in names}
+        known = [f.name for f in fields(cls) if f.name not in own or f.name in CACHES[kind]]
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"cache must have no keys but {', '.join(known)} for {kind}, got {name!r}"
+                )
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -27,6 +85,7 @@ class Options:
     skip: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
     disk_cache: bool = True
+    cache: CacheOptions | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler.cuda_graphs import Droppable, Graphed, Pool
+from fastdiff.compiler.cuts import Cut
 from fastdiff.compiler.fingerprint import Watch, digest
 from fastdiff.compiler.graph import value_of
+from fastdiff.compiler.identity import SMALL, is_number, key_of, weight_key
 from fastdiff.compiler.split import Program, is_random
+from fastdiff.compiler.step_cache import StepCache
 from fastdiff.ops._contract import Op
 
 # How many results of a program are kept: prompts in use at once; the steps of a schedule.
 KEPT = {"weights": 1, "prompt": 4, "schedule": 256, "both": 256}
 # The programs that run again and again, where times cannot be compared by value: worth recording.
-REPEATED = ("schedule", "both", "step")
+REPEATED = ("schedule", "both", "step", "part", "head", "middle", "tail")
 # The ops that are mostly products: as PyTorch's own counter does, the others are not counted.
 PRODUCTS = ("adaln_attention", "attention", "linear_gate", "linear_quantized", "timestep_mlp")
 # Those whose results a run has before its first step, the same in all of it.
 BEFORE = ("weights", "prompt")
 # Those whose results follow from the time: known for all steps before the first.
 TIMED = ("schedule", "both")
-# Times are compared by value up to this many elements where reading them costs nothing.
-SMALL = 64
 
 
 class Kept:
@@ -65,7 +66,7 @@ class Kept:
         """
         weights = [values[name] for name in self.weights]
         others = [values[name] for name in self.others]
-        weights_key = tuple(_weight_key(weight) for weight in weights)
+        weights_key = tuple(weight_key(weight) for weight in weights)
         key = tuple(keys[name] for name in self.others)
         known = None not in key and all(version is not None for _, version in weights_key)
         if known:
@@ -116,28 +117,6 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _weight_key(tensor: Tensor) -> tuple[Any, Any]:
-    """(where it is, its version): None where writes are not counted (under inference_mode)."""
-    if _is_number(tensor):  # the scale of a LoRA
-        return tensor.item(), 0
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.dim() == 0 and tensor.device.type == "cpu"
-
-
-def _key(value: Any) -> Any:
-    """What an input is known by; None where a write to it could not be seen."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.device.type == "cpu" and value.numel() <= SMALL:
-        return (value.dtype, value.shape, *value.reshape(-1).tolist())
-    if value.is_inference():
-        return None
-    return (value.data_ptr(), value._version, value.shape, value.stride(), value.dtype)
-
-
 _THREAD = threading.local()
 
 
@@ -158,7 +137,8 @@ class Runner:
     token: gives an object that is another one in each sampling run, where there is such a thing.
     last: the runner that ran last among those that share the list; another one since means that
     something about the model is not as it was. frozen: writes that no version counts are not
-    looked for in the weights of the weights' program.
+    looked for in the weights of the weights' program. cut: the step in pieces, of which some calls
+    run a part only. length: gives the number of steps of a run, where it is known.
     """
 
     def __init__(
@@ -171,6 +151,8 @@ class Runner:
         token: Callable[[], Any] | None = None,
         last: list[Any] | None = None,
         frozen: bool = False,
+        cut: Cut | None = None,
+        length: Callable[[], int | None] | None = None,
     ) -> None:
         self.placeholders = tuple(placeholders)
         self.programs = tuple(programs)
@@ -181,28 +163,40 @@ class Runner:
         self.plain: dict[str, Callable[..., Any]] = {}  # the programs without CUDA graphs
         self.why_whole = ""
         constant: set[str] = set()
-        for program in programs:
+
+        def prepared(program: Program) -> Callable[..., Any]:
+            run = program.module if build is None else build(program)
+            self.plain[program.name] = run
+            if pool is None or program.name not in REPEATED:
+                return run
+            graphed = _graphed(program, run, roles, pool, constant)
+            self.graphed[program.name] = graphed
+            return graphed
+
+        *before, self.step = programs
+        for program in before:
             sources: set[str] = set()
             for name in program.inputs:
                 sources |= made.get(name, {name})
             for name in program.outputs:
                 made.setdefault(name, sources)
-            run = program.module if build is None else build(program)
-            self.plain[program.name] = run
-            if pool is not None and program.name in REPEATED:
-                run = self.graphed[program.name] = _graphed(program, run, roles, pool, constant)
+            run = prepared(program)
             if program.name == "weights":
                 constant = _tensors(program)
-            if program.name != "step":
-                ordered = [name for name in placeholders if name in sources]
-                weights = [name for name in ordered if roles[name] == "weights"]
-                others = [name for name in ordered if roles[name] != "weights"]
-                self.kept.append(Kept(program, weights, others, run))
-        self.step, self._run_step = program, run
+            ordered = [name for name in placeholders if name in sources]
+            weights = [name for name in ordered if roles[name] == "weights"]
+            others = [name for name in ordered if roles[name] != "weights"]
+            self.kept.append(Kept(program, weights, others, run))
+        self._token = token or (lambda: None)
+        self.cache: StepCache | None = None
+        if cut is None:
+            self._run_step = prepared(self.step)
+        else:
+            pieces = {name: prepared(program) for name, program in cut.programs.items()}
+            self.cache = StepCache(cut, pieces, roles, self._token, length)
         looked = [k for k in self.kept if not (frozen and k.program.name == "weights")]
         self._others = list(dict.fromkeys(name for kept in self.kept for name in kept.others))
         self._weights = list(dict.fromkeys(name for kept in looked for name in kept.weights))
-        self._token = token or (lambda: None)
         self._last = [None] if last is None else last
         self._watch = Watch()
         self._digest: tuple[int, ...] | None = None
@@ -215,7 +209,7 @@ class Runner:
 
     def keys(self, values: dict[str, Any]) -> dict[str, Any]:
         """What the inputs of kept results are known by."""
-        return {name: _key(values[name]) for name in self._others}
+        return {name: key_of(values[name]) for name in self._others}
 
     def begin(self, values: dict[str, Any]) -> None:
         """Begins a sampling run: results of the programs of :data:`BEFORE` join ``values``."""
@@ -231,8 +225,8 @@ class Runner:
         timed = [kept for kept in self.kept if kept.program.name in TIMED]
         weights = dict.fromkeys(name for kept in timed for name in kept.weights)
         others = dict.fromkeys(name for kept in timed for name in kept.others if name != time)
-        found = [_key(values[name]) for name in others]
-        versions = [_weight_key(values[name]) for name in weights]
+        found = [key_of(values[name]) for name in others]
+        versions = [weight_key(values[name]) for name in weights]
         if None in found or any(version is None for _, version in versions):
             return None
         return self._digest, *found, *versions
@@ -251,6 +245,8 @@ class Runner:
             self._look(values, keys)
         for kept in self.kept:
             values.update(zip(kept.program.outputs, kept.results(values, keys), strict=True))
+        if self.cache is not None:
+            return self.cache(values)
         return self._run_step(*(values[name] for name in self.step.inputs))
 
     def _look(self, values: dict[str, Any], keys: dict[str, Any]) -> None:
@@ -273,7 +269,7 @@ class Runner:
 
     def _check(self, values: dict[str, Any]) -> None:
         """Forgets everything kept if weights are not what they were."""
-        weights = [values[name] for name in self._weights if not _is_number(values[name])]
+        weights = [values[name] for name in self._weights if not is_number(values[name])]
         if any(w.is_cuda for w in weights) and torch.cuda.is_current_stream_capturing():
             return  # nothing can be read then
         found = digest(weights)
@@ -282,12 +278,20 @@ class Runner:
                 for kept in self.kept:
                     if kept.weights:
                         kept.clear()
+                if self.cache is not None:
+                    self.cache.clear()
             self._digest = found
+
+    def forget(self) -> None:
+        """Forgets all kept results."""
+        for kept in self.kept:
+            kept.clear()
+        if self.cache is not None:
+            self.cache.clear()
 
     def clear(self) -> None:
         """Forgets all kept results and CUDA graphs."""
-        for kept in self.kept:
-            kept.clear()
+        self.forget()
         for graphed in list(self.graphed.values()):
             graphed.drop()
 

@@ -85,9 +85,7 @@ def split(module: fx.GraphModule, roles: dict[str, str]) -> list[Program]:
     Views, which cost nothing, stay with what uses them, so that less is kept.
     """
     graph = module.graph
-    depends = dependencies(graph, roles)
-    where = {node: program_of(found) for node, found in depends.items()}
-    _pull_views(graph, where)
+    where = _places(graph, roles)
     order = {name: i for i, name in enumerate(PROGRAMS)}
     programs = []
     output = next(node for node in graph.nodes if node.op == "output")
@@ -101,10 +99,23 @@ def split(module: fx.GraphModule, roles: dict[str, str]) -> list[Program]:
             if any(user is output or order[where[user]] > order[name] for user in n.users)
         ]
         if kept:
-            programs.append(_extract(module, name, body, kept))
-    body = [n for n in graph.nodes if n.op not in ("placeholder", "output") and where[n] == "step"]
-    programs.append(_extract(module, "step", body, output.args[0]))
+            programs.append(extract(module, name, body, kept))
+    programs.append(extract(module, "step", step_body(graph, roles), output.args[0]))
     return programs
+
+
+def step_body(graph: fx.Graph, roles: dict[str, str]) -> list[fx.Node]:
+    """The nodes of the step, in order."""
+    where = _places(graph, roles)
+    return [n for n in graph.nodes if n.op not in ("placeholder", "output") and where[n] == "step"]
+
+
+def _places(graph: fx.Graph, roles: dict[str, str]) -> dict[fx.Node, str]:
+    """The program of each node."""
+    depends = dependencies(graph, roles)
+    where = {node: program_of(found) for node, found in depends.items()}
+    _pull_views(graph, where)
+    return where
 
 
 def _pull_views(graph: fx.Graph, where: dict[fx.Node, str]) -> None:
@@ -123,7 +134,7 @@ def _pull_views(graph: fx.Graph, where: dict[fx.Node, str]) -> None:
             where[node] = users.pop()
 
 
-def _extract(module: fx.GraphModule, name: str, body: list[fx.Node], results: Any) -> Program:
+def extract(module: fx.GraphModule, name: str, body: list[fx.Node], results: Any) -> Program:
     """A graph module of the nodes ``body`` that returns ``results`` (nodes in any structure)."""
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

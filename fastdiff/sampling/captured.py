@@ -282,6 +282,8 @@ class Trajectory:
     def _why_not(self, graph: Graph, values: dict[str, Any]) -> str:
         if graph.why_whole:
             return f"its graph is left as it was: {graph.why_whole}"
+        if graph.runner.cache is not None:
+            return "its steps are cached, and not all of them run alike"
         if graph.runner.random:
             return "it draws random numbers"
         self._name = name_of(values, self._static["time"])

@@ -71,8 +71,8 @@ def compile_pipeline(pipe: Any, options: Options, components: Iterable[str] | No
             f"components must name parts of the pipeline ({', '.join(present)}), got {name!r}"
         )
     work: list[tuple[nn.Module, Options]] = []
-    # The autoencoder is cast as a whole, and its few linear layers are no work.
-    plain = replace(options, quantize=None, skip=(), dtype=None)
+    # The autoencoder is cast as a whole, its few linear layers are no work, and it has no steps.
+    plain = replace(options, quantize=None, skip=(), dtype=None, cache=None)
     for name, component in present.items():
         if chosen is not None and name not in chosen:
             continue
@@ -88,7 +88,7 @@ def compile_pipeline(pipe: Any, options: Options, components: Iterable[str] | No
         if made is None or made.options != asked:
             made = api.install(part, asked)
         if made.token is None:
-            made.token = _run_of(pipe)
+            made.token, made.length = _run_of(pipe), _length_of(pipe)
     # The rest is cast, too, as `pipe.to(dtype)` does: parts hand their dtype on to each other.
     done = {part for part, asked in work if asked is options}
     for name, component in present.items():
@@ -113,6 +113,18 @@ def _run_of(pipe: Any) -> Callable[[], Any]:
         return getattr(getattr(reference(), "scheduler", None), "timesteps", None)
 
     return token
+
+
+def _length_of(pipe: Any) -> Callable[[], int | None]:
+    """Gives the number of steps of the pipeline's present run, where it has one."""
+    reference = weakref.ref(pipe)
+
+    def length() -> int | None:
+        scheduler = getattr(reference(), "scheduler", None)
+        times = getattr(scheduler, "timesteps", None)
+        return None if times is None else len(times) - (getattr(scheduler, "begin_index", 0) or 0)
+
+    return length
 
 
 def uncompile_pipeline(pipe: Any) -> Any:
