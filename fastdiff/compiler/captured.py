@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import re
 import time
-import types
 import weakref
 from collections import Counter
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +20,7 @@ from fastdiff.compiler.passes import passes_for
 from fastdiff.compiler.passes.quantize import Quantize
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
+from fastdiff.compiler.slots import forget_source, forget_source_later, slot_for
 from fastdiff.compiler.split import Program, split
 from fastdiff.compiler.tidy import tidy
 from fastdiff.compiler.waterfall import calls_of
@@ -39,6 +37,7 @@ class Entry:
     recompilations per code object, and gives up after a few; shapes must not. Where something else
     about the model changes more often than that, the graphs begin anew.
     why_pieces: why there are several graphs; why_eager: why the model's own code runs; or "".
+    complete: whether it has its only graph, or has come to its end once.
     """
 
     def __init__(self, owner: Compiled) -> None:
@@ -47,6 +46,7 @@ class Entry:
         self.graphs: list[Graph] = []
         self.runners: list[Runner] = []
         self.why_pieces = self.why_eager = ""
+        self.complete = False
         self._last: list[Any] = [None]
         self._started = 0.0
         self._begin()
@@ -54,38 +54,27 @@ class Entry:
     def _begin(self) -> None:
         self.forget()
         self.graphs, self.runners = [], []
-        # Globals of its own, too: PyTorch puts what it has compiled there.
-        own = types.FunctionType(
-            _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"),
-            {"__builtins__": builtins, "__name__": __name__},
-        )
-        weakref.finalize(self, _release, own)
-        reference = weakref.ref(self)
-
-        def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
-            entry = reference()
-            assert entry is not None  # it is calling
-            return entry._backend(module, inputs)
-
-        # PyTorch keeps every backend it has seen; this one must not keep the graphs.
-        compiled = partial(torch.compile, own, backend=backend, dynamic=False)
-        self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
+        self._slot = slot_for(self, _call)
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None) -> Any:
         if not self.runners:
             self._started = time.perf_counter()
         if not self.why_pieces:
             try:
-                return self._whole(model, inputs, cast)
+                return self._slot.whole(model, inputs, cast)
             except FailOnRecompileLimitHit:
                 self._begin()
-                return self._whole(model, inputs, cast)
+                return self._slot.whole(model, inputs, cast)
             except TorchDynamoException as error:
                 # In pieces, with the model's own Python between them; what the model raises itself
                 # comes out of that too.
                 self.why_pieces = first_line(error)
                 self._begin()
-        return self._pieces(model, inputs, cast)
+        result = self._slot.pieces(model, inputs, cast)
+        if not self.runners:  # PyTorch has given up
+            self.why_eager = f"no piece of it was captured: {self.why_pieces}"
+        self.complete = True
+        return result
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
         owner = self._owner()
@@ -95,6 +84,7 @@ class Entry:
         owner.captured()
         self.graphs.append(graph)
         self.runners.append(graph.runner)
+        self.complete = self.complete or not self.why_pieces
         return graph.runner
 
     def forget(self) -> None:
@@ -102,17 +92,10 @@ class Entry:
         for runner in self.runners:
             runner.clear()
 
-
-def _release(function: types.FunctionType) -> None:
-    """PyTorch keeps the globals of what it has compiled; they must not keep graphs and results.
-
-    Nobody runs the function any more: whoever calls it holds its entry.
-    """
-    torch._dynamo.eval_frame.remove_from_cache(function)
-    for name in list(function.__globals__):
-        # PyTorch takes this one out itself when it goes.
-        if not name.startswith("__builtins_dict"):
-            del function.__globals__[name]
+    def close(self) -> None:
+        """Not to be used again, but by a thread that still runs it."""
+        self.forget()
+        self._slot.retire()
 
 
 def first_line(error: Exception) -> str:
@@ -140,6 +123,7 @@ class Graph:
         why_piece: str = "",
     ) -> None:
         graph, options = module.graph, owner.options
+        forget_source(module)
         self._why_piece = why_piece
         self._autocast = {
             device: torch.get_autocast_dtype(device)
@@ -189,6 +173,8 @@ class Graph:
             graph.lint()
             programs = split(module, roles)
             self._calls["hoisted"] = calls_of(programs[-1].module.graph.nodes)
+        for made in (module, *(program.module for program in programs)):
+            forget_source_later(made)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
         self._why_unfused = Counter(

@@ -4,49 +4,16 @@ on the same memory, which is what a CUDA graph does."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from denoisers import made, tensors
+from recorders import Again
 from torch import Tensor, nn
 
 from fastdiff import compiler
 from fastdiff.compiler.cuda_graphs import Graphed, Pool
-
-
-class Again:
-    """Replays by running the function again and writing its results where the first ones are."""
-
-    def __init__(self, size: int = 1000) -> None:
-        self.size, self.recorded, self.fail = size, 0, False
-
-    def why_not(self, values: Sequence[Any]) -> str:
-        return ""
-
-    def constant(self, value: Tensor) -> bool:
-        return value.dtype == torch.float64 and value.dim() == 0
-
-    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any, int]:
-        if self.fail:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
-        results = torch.utils._pytree.tree_map_only(Tensor, torch.clone, function())
-        leaves = torch.utils._pytree.tree_leaves(results)
-        for leaf in leaves:
-            leaf.fill_(float("nan"))  # recording computes nothing
-        self.recorded += 1
-
-        def replay() -> None:
-            new = torch.utils._pytree.tree_leaves(function())
-            for old, value in zip(leaves, new, strict=True):
-                old.copy_(value)
-
-        return replay, results, self.size
-
-    def wait(self) -> None: ...
-
-    def done(self) -> None: ...
 
 
 def affine(x: Tensor, weight: Tensor, shift: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
