@@ -29,6 +29,7 @@ def compile(
     quantize: str | None = None,
     skip: Iterable[str] = (),
     dtype: torch.dtype | None = None,
+    layout: str = "auto",
     components: Iterable[str] | None = None,
 ) -> Model:
     """The same model, whose calls run fused and without repeating what a step does not change.
@@ -67,6 +68,11 @@ def compile(
         it had are cast on the way in (not times, and not what is called ``...ids``), and results
         back to the dtype of the sample. Of a pipeline, all models are cast, as ``pipe.to(dtype)``
         does; ``quantize`` does not concern its autoencoder.
+    layout: of the images that 2-D convolutions take. "channels_last": their weights are kept a
+        second time in that order (the report counts them; writes are seen as with ``freeze``);
+        results keep the strides that the model gives them. "contiguous": as the model's own code
+        has them, but for what ``freeze`` packs. "auto": channels last on CUDA in half precision.
+        ``mode="max"`` leaves it to Inductor.
     components: of a pipeline, the names of those to change; None: all of the above.
 
     Raises TypeError for something else than a module or a pipeline, ValueError for bad options.
@@ -75,7 +81,7 @@ def compile(
     if isinstance(skip, str):
         raise TypeError(f"skip must be a list of names or patterns, got {skip!r}")
     options = Options(
-        mode, freeze, max_graphs, cuda_graphs, max_graph_bytes, quantize, tuple(skip), dtype
+        mode, freeze, max_graphs, cuda_graphs, max_graph_bytes, quantize, tuple(skip), dtype, layout
     )
     if is_pipeline(model):
         from fastdiff.integrations.diffusers import pipeline

@@ -17,6 +17,7 @@ from fastdiff.compiler.functional import functionalise, repair
 from fastdiff.compiler.graph import is_tensor, name_of, value_of
 from fastdiff.compiler.inductor import compile_program
 from fastdiff.compiler.passes import passes_for
+from fastdiff.compiler.passes.layout import images
 from fastdiff.compiler.passes.quantize import Quantize
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
@@ -216,6 +217,7 @@ class Graph:
             dict(self._why_unfused),
             dict(self._calls),
             self._half,
+            images(self._unfused, self.fused),
         )
 
 

@@ -27,6 +27,7 @@ class GraphReport:
     products are of half precision. calls: stage of compiling -> calls that launch something, an
     estimate. seconds: from the call to the captured graph. why_whole:
     why it was left as it was, or "". why_piece: why it is not the whole model, or "".
+    images: how convolutions take them.
     cuda_graphs: program -> {"recordings", "replays", "bytes", "why_not"}.
     """
 
@@ -43,6 +44,7 @@ class GraphReport:
     why_unfused: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     half: bool = False
+    images: str = ""
 
     @property
     def hoisted(self) -> float:
@@ -113,6 +115,8 @@ class Report:
             left = ", ".join(f"{count} {name}" for name, count in graph.unfused.items() if count)
             lines.append(f"  not fused: {left or 'nothing'}")
             lines += [f"    {count} {reason}" for reason, count in graph.why_unfused.items()]
+            if graph.images:
+                lines.append(f"  images: {graph.images}")
             for name, facts in graph.programs.items():
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
             for name, facts in graph.cuda_graphs.items():

@@ -35,16 +35,16 @@ def prepack(graph: fx.Graph) -> int:
         if calls(node, "linear") and _linear_fits(node):
             x, weight = node.args[0], node.args[1]
             rows = value_of(x).numel() // value_of(x).shape[-1]
-            packed = _call(graph, node, pack_linear, value_of(weight), weight, rows)
+            packed = call(graph, node, pack_linear, value_of(weight), weight, rows)
             bias = argument(node, 2, "bias")
-            new = _call(graph, node, linear, value_of(node), x, packed, bias)
+            new = call(graph, node, linear, value_of(node), x, packed, bias)
         elif calls(node, "conv2d") and _convolution_fits(node):
             options = _conv_options(node)
             x, weight = node.args[0], node.args[1]
             shape = tuple(value_of(x).shape)
-            packed = _call(graph, node, pack_conv, value_of(weight), weight, *options, shape)
+            packed = call(graph, node, pack_conv, value_of(weight), weight, *options, shape)
             bias = argument(node, 2, "bias")
-            new = _call(graph, node, conv2d, value_of(node), x, packed, bias, *options)
+            new = call(graph, node, conv2d, value_of(node), x, packed, bias, *options)
             convolutions = True
         else:
             continue
@@ -52,7 +52,7 @@ def prepack(graph: fx.Graph) -> int:
         graph.erase_node(node)
         count += 1
     if convolutions:
-        _any_layout(graph)
+        any_layout(graph)
     return count
 
 
@@ -131,7 +131,7 @@ def restored(x: Tensor, stride: Sequence[int]) -> Tensor:
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _any_layout(graph: fx.Graph) -> None:
+def any_layout(graph: fx.Graph) -> None:
     """Views of what is channels last now may need a copy; results keep the model's own strides."""
     for node in graph.nodes:
         as_dtype = any(isinstance(size, torch.dtype) for size in node.args)
@@ -150,7 +150,7 @@ def _any_layout(graph: fx.Graph) -> None:
             # The stride of one image does not count, but is what says channels last; that of a
             # fake tensor is another one after a reshape.
             strides = torch.empty(value.shape, device="meta").stride()
-        return _call(graph, output, restored, value, node, tuple(strides))
+        return call(graph, output, restored, value, node, tuple(strides))
 
     output.args = fx.node.map_arg(output.args, own_strides)
 
@@ -172,7 +172,7 @@ def _channels_last(value: Any) -> bool:
     return bool(channels_last and not value.is_contiguous())
 
 
-def _call(graph: fx.Graph, before: fx.Node, target: Any, value: Any, *args: Any) -> fx.Node:
+def call(graph: fx.Graph, before: fx.Node, target: Any, value: Any, *args: Any) -> fx.Node:
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
     node.meta["example_value"] = value
