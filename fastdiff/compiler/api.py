@@ -30,6 +30,7 @@ def compile(
     skip: Iterable[str] = (),
     dtype: torch.dtype | None = None,
     disk_cache: bool = True,
+    layout: str = "auto",
     components: Iterable[str] | None = None,
     cache: str | Mapping[str, Any] | None = None,
 ) -> Model:
@@ -75,6 +76,11 @@ def compile(
     disk_cache: store captured graphs (not weights) in the folder ``graphs`` of
         ``fastdiff.environment.cache_folder()``, and use those that an earlier process stored for
         the same code, settings and shapes. At most 512 MiB; the report says what was not stored.
+    layout: of the images that 2-D convolutions take. "channels_last": their weights are kept a
+        second time in that order (the report counts them; writes are seen as with ``freeze``);
+        results keep the strides that the model gives them. "contiguous": as the model's own code
+        has them, but for what ``freeze`` packs. "auto": channels last on CUDA in half precision.
+        ``mode="max"`` leaves it to Inductor.
     components: of a pipeline, the names of those to change; None: all of the above.
     cache: changes results. Some steps of a sampling run are computed in part, the rest comes from
         an earlier step: "deepcache" or "first_block", or a dictionary with one of them as "kind"
@@ -112,6 +118,7 @@ def compile(
         quantize=quantize,
         skip=tuple(skip),
         dtype=dtype,
+        layout=layout,
         cache=CacheOptions.of(cache),
         disk_cache=disk_cache,
     )

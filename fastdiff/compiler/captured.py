@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import re
 import time
-import types
 import weakref
 from collections import Counter
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +18,13 @@ from fastdiff.compiler.functional import functionalise, repair
 from fastdiff.compiler.graph import is_tensor, name_of, value_of
 from fastdiff.compiler.inductor import compile_program
 from fastdiff.compiler.passes import passes_for
+from fastdiff.compiler.passes.layout import images
 from fastdiff.compiler.passes.quantize import Quantize
 from fastdiff.compiler.reports import LEFT, GraphReport
 from fastdiff.compiler.runner import Runner, fake_flops
 from fastdiff.compiler.schedule import Schedule
 from fastdiff.compiler.shelf import Shelf
+from fastdiff.compiler.slots import forget_source, forget_source_later, slot_for
 from fastdiff.compiler.split import Program, split
 from fastdiff.compiler.tidy import tidy
 from fastdiff.compiler.waterfall import calls_of
@@ -42,6 +41,7 @@ class Entry:
     recompilations per code object, and gives up after a few; shapes must not. Where something else
     about the model changes more often than that, the graphs begin anew.
     why_pieces: why there are several graphs; why_eager: why the model's own code runs; or "".
+    complete: whether it has its only graph, or has come to its end once.
     """
 
     def __init__(self, owner: Compiled) -> None:
@@ -50,6 +50,7 @@ class Entry:
         self.graphs: list[Graph] = []
         self.runners: list[Runner] = []
         self.why_pieces = self.why_eager = ""
+        self.complete = False
         self._last: list[Any] = [None]
         self._started = 0.0
         self._store = owner.options.disk_cache
@@ -61,22 +62,7 @@ class Entry:
         # The entry holds the shelf, not the other way round.
         build = weakref.WeakMethod(self._stored)
         self.shelf = Shelf(lambda *args: _alive(build)(*args)) if self._store else None
-        # Globals of its own, too: PyTorch puts what it has compiled there.
-        own = types.FunctionType(
-            _call.__code__.replace(co_name=f"{_call.__name__}_{id(self):x}"),
-            {"__builtins__": builtins, "__name__": __name__},
-        )
-        weakref.finalize(self, _release, own)
-        reference = weakref.ref(self)
-
-        def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
-            entry = reference()
-            assert entry is not None  # it is calling
-            return entry._backend(module, inputs)
-
-        # PyTorch keeps every backend it has seen; this one must not keep the graphs.
-        compiled = partial(torch.compile, own, backend=backend, dynamic=False)
-        self._whole, self._pieces = compiled(fullgraph=True), compiled(fullgraph=False)
+        self._slot = slot_for(self, _call)
 
     def __call__(
         self, model: nn.Module, inputs: dict[str, Any], cast: Cast | None, pieces: bool = True
@@ -102,10 +88,10 @@ class Entry:
             self._started = time.perf_counter()
         if not self.why_pieces:
             try:
-                return self._whole(model, inputs, cast)
+                return self._slot.whole(model, inputs, cast)
             except FailOnRecompileLimitHit:
                 self._begin()
-                return self._whole(model, inputs, cast)
+                return self._slot.whole(model, inputs, cast)
             except TorchDynamoException as error:
                 # In pieces, with the model's own Python between them; what the model raises itself
                 # comes out of that too.
@@ -113,7 +99,13 @@ class Entry:
                 self._begin()
                 if self.shelf is not None:
                     self.shelf.refuse("it is captured in pieces")
-        return self._pieces(model, inputs, cast) if pieces else None
+        if not pieces:
+            return None
+        result = self._slot.pieces(model, inputs, cast)
+        if not self.runners:  # PyTorch has given up
+            self.why_eager = f"no piece of it was captured: {self.why_pieces}"
+        self.complete = True
+        return result
 
     def _backend(self, module: fx.GraphModule, _: list[Any]) -> Any:
         owner = self._owner()
@@ -123,17 +115,22 @@ class Entry:
             self.shelf.capturing(owner.model, module.graph, _source)
         graph = self._add(Graph(module, owner, self._last, seconds, self.why_pieces))
         owner.captured()
-        return graph.runner if self.shelf is None else self.shelf.recorded(graph.runner)
+        if self.shelf is None or self.why_pieces:
+            return graph.runner
+        return self.shelf.recorded(graph.runner)
 
     def _stored(self, module: fx.GraphModule, seconds: float) -> Runner:
         """The runner of a graph that was stored."""
         owner = self._owner()
         assert owner is not None  # it is calling
-        return self._add(Graph(module, owner, self._last, seconds, stored=True)).runner
+        graph = self._add(Graph(module, owner, self._last, seconds, stored=True))
+        owner.loaded()
+        return graph.runner
 
     def _add(self, graph: Graph) -> Graph:
         self.graphs.append(graph)
         self.runners.append(graph.runner)
+        self.complete = self.complete or not self.why_pieces
         return graph
 
     def forget(self) -> None:
@@ -141,23 +138,16 @@ class Entry:
         for runner in self.runners:
             runner.clear()
 
+    def close(self) -> None:
+        """Not to be used again, but by a thread that still runs it."""
+        self.forget()
+        self._slot.retire()
+
 
 def _alive(reference: weakref.WeakMethod[Any]) -> Any:
     method = reference()
     assert method is not None  # it is calling
     return method
-
-
-def _release(function: types.FunctionType) -> None:
-    """PyTorch keeps the globals of what it has compiled; they must not keep graphs and results.
-
-    Nobody runs the function any more: whoever calls it holds its entry.
-    """
-    torch._dynamo.eval_frame.remove_from_cache(function)
-    for name in list(function.__globals__):
-        # PyTorch takes this one out itself when it goes.
-        if not name.startswith("__builtins_dict"):
-            del function.__globals__[name]
 
 
 def first_line(error: Exception) -> str:
@@ -190,6 +180,8 @@ class Graph:
     ) -> None:
         graph, options = module.graph, owner.options
         self._stored = stored
+        if not stored:
+            forget_source(module)
         self._why_piece = why_piece
         self._autocast = {
             device: torch.get_autocast_dtype(device)
@@ -243,6 +235,8 @@ class Graph:
             cut = self._cut(module, roles, marks)
             programs = split(module, roles)
             self._calls["hoisted"] = calls_of(programs[-1].module.graph.nodes)
+        for made in (module, *(program.module for program in programs)):
+            forget_source_later(made)
         self._after = len(graph.nodes)
         self._unfused = Counter(name_of(node) for node in graph.nodes)
         self._why_unfused = Counter(
@@ -319,6 +313,7 @@ class Graph:
             stored=self._stored,
             schedule=self.schedule.facts(),
             cache=cache,
+            images=images(self._unfused, self.fused),
         )
 
     def _cache_facts(self) -> dict[str, Any]:

@@ -115,6 +115,7 @@ class Compiled:
         self._captures = 0
         self.trajectories: OrderedDict[Any, Droppable] = OrderedDict()
         self.stepwise: Counter[str] = Counter()
+        self._find_hooks()
 
     def seen(self, *args: Any, **kwargs: Any) -> tuple[Graph, dict[str, Any]] | str:
         """What a call would run: its graph and the graph's inputs by name; or why there is no one.
@@ -126,12 +127,13 @@ class Compiled:
             return reason
         inputs = self._bind(args, kwargs)
         with self._scaled(inputs):
-            entry = self._entry(inputs)
+            _, entry = self._entry(inputs)
             try:
                 if not entry.why_eager:
                     with instead(_stop):
                         entry(self.model, inputs, self.cast, pieces=False)
             except _Seen as seen:
+                self._bound()
                 graph = next(g for g in entry.graphs if g.runner is seen.runner)
                 return graph, seen.values
             except TorchDynamoException as error:
@@ -142,18 +144,32 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reason = self._why_eager(args, kwargs)
-        if not reason:
-            inputs = self._bind(args, kwargs)
-            with self._scaled(inputs):
-                entry = self._entry(inputs)
-                try:
-                    if not entry.why_eager:
-                        result = entry(self.model, inputs, self.cast)
-                        return result if self.cast is None else self.cast.result(result, inputs)
-                except TorchDynamoException as error:
-                    # Before anything has run: PyTorch's front end cannot capture this.
-                    entry.why_eager = f"it cannot be captured: {first_line(error)}"
-                reason = entry.why_eager
+        if reason:
+            return self._run_eager(reason, args, kwargs)
+        inputs = self._bind(args, kwargs)
+        with self._scaled(inputs):
+            key, entry = self._entry(inputs)
+            try:
+                if not entry.why_eager:
+                    result = entry(self.model, inputs, self.cast)
+                    self._bound()
+                    return result if self.cast is None else self.cast.result(result, inputs)
+            except TorchDynamoException as error:
+                # Before anything has run: PyTorch's front end cannot capture this.
+                entry.why_eager = f"it cannot be captured: {first_line(error)}"
+            except BaseException:
+                self._abandon(key, entry)
+                raise
+        try:
+            result = self._run_eager(entry.why_eager, args, kwargs)
+        except BaseException:
+            self._abandon(key, entry)
+            raise
+        entry.complete = True
+        self._bound()
+        return result
+
+    def _run_eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._eager[reason] += 1
         if self.cast is None:
             return self.model._call_impl(*args, **kwargs)
@@ -217,22 +233,42 @@ class Compiled:
                 inputs[name] = torch.tensor(value, dtype=torch.float64)
         return inputs
 
-    def _entry(self, inputs: dict[str, Any]) -> Entry:
-        key = _shapes_key(inputs)
+    def _entry(self, inputs: dict[str, Any]) -> tuple[Any, Entry]:
+        key = _shapes_key(inputs), self._hooks()
         with self.lock:
             entry = self._entries.get(key)
             if entry is None:
                 entry = self._entries[key] = Entry(self)
-                while len(self._entries) > self.options.max_graphs:
-                    _, oldest = self._entries.popitem(last=False)
-                    oldest.forget()
             else:
                 self._entries.move_to_end(key)
-        return entry
+        return key, entry
+
+    def _hooks(self) -> tuple[Any, ...]:
+        """The hooks of all modules, by number: PyTorch's guards do not look at them."""
+        hooks = self._hook_tables
+        if not any(hooks):
+            return ()
+        return tuple((i, *table) for i, table in enumerate(hooks) if table)
+
+    def _bound(self) -> None:
+        """Lets the least recently used go; after a call, so that one that fails costs nobody."""
+        with self.lock:
+            while len(self._entries) > self.options.max_graphs:
+                _, oldest = self._entries.popitem(last=False)
+                oldest.close()
+
+    def _abandon(self, key: Any, entry: Entry) -> None:
+        """Forgets what an error has left half done."""
+        with self.lock:
+            if not entry.complete and self._entries.get(key) is entry:
+                del self._entries[key]
+                entry.close()
 
     def clear(self) -> None:
         """Forgets all graphs and all kept results."""
         with self.lock:
+            for entry in self._entries.values():
+                entry.close()
             self._entries.clear()
             self.trajectories.clear()
             if self.pool is not None:
@@ -240,6 +276,7 @@ class Compiled:
 
     def close(self) -> None:
         """The model is as it was before."""
+        self.clear()
         with self.lock:
             self._scales.restore(numbers=True)
             for trajectory in self.trajectories.values():
@@ -249,6 +286,17 @@ class Compiled:
     def captured(self) -> None:
         """Counts a graph."""
         self._captures += 1
+        self.loaded()
+
+    def loaded(self) -> None:
+        """There is a new graph: modules may be others now."""
+        self._find_hooks()
+
+    def _find_hooks(self) -> None:
+        # Not the modules: those that are exchanged must not stay in memory.
+        modules = list(self.model.modules())
+        self._hook_tables = [module._forward_pre_hooks for module in modules]
+        self._hook_tables += [module._forward_hooks for module in modules]
 
     def report(self) -> Report:
         """What was captured, fused, hoisted, and what was not, with reasons."""

@@ -232,7 +232,7 @@ class Graphed:
             key = (*(value.data_ptr() for value in fixed if not self._held(value)), *held)
             if self._replay is None or key != self._key:
                 try:
-                    self._record(values, key)
+                    self._record_or_make_room(values, key)
                 except Exception as error:  # what a graph cannot hold, or no memory for it
                     self.forget()
                     first = str(error).splitlines()[0] if str(error) else ""
@@ -241,15 +241,25 @@ class Graphed:
             assert self._replay is not None
             assert self._buffers is not None
             self._buffers.load(moving)
-            self._replay(1)
-            self.replays += 1
-            results = torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._results)
-            recorder.done()
+            try:
+                self._replay(1)
+                self.replays += 1
+                results = torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._results)
+            finally:
+                recorder.done()
             self._pool.used(self)
         return results
 
     def _held(self, value: Any) -> bool:
         return isinstance(value, Tensor) and self._pool.recorder.constant(value)
+
+    def _record_or_make_room(self, values: Sequence[Any], key: tuple[Any, ...]) -> None:
+        """All other graphs of the model go if there is no memory for this one."""
+        try:
+            self._record(values, key)
+        except torch.OutOfMemoryError:
+            self._pool.clear()
+            self._record(values, key)
 
     def _record(self, values: Sequence[Any], key: tuple[Any, ...]) -> None:
         self.forget()
@@ -289,19 +299,23 @@ class Buffers:
     def load(self, values: Sequence[Any]) -> None:
         """Copies those that are not the ones of the last time."""
         into, source = [], []
+        given: dict[int, tuple[Any, int | None]] = {}
         for i, value in enumerate(values):
             if not isinstance(value, Tensor) or self._held(value):
                 self.values[i] = value
                 continue
             version = None if value.is_inference() else value._version
-            known, last = self._given[i]
-            if known is value and version is not None and version == last:
+            held, last = self._given[i]
+            if held is value and version is not None and version == last:
                 continue
-            self._given[i] = (value, version)  # held, so that it stays this object
+            given[i] = (value, version)  # held, so that it stays this object
+            self._given[i] = (None, None)  # if the copy fails, it may be half done
             into.append(self.values[i])
             source.append(value)
         if into:
             torch._foreach_copy_(into, source)
+        for i, known in given.items():
+            self._given[i] = known
 
 
 def _flat(values: Sequence[Any], fixed: frozenset[int]) -> tuple[list[Any], Any]:

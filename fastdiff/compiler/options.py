@@ -12,6 +12,7 @@ from fastdiff.compiler.cuda_graphs import MAX_BYTES
 
 MODES = ("default", "max")
 QUANTIZE = (None, "int8", "fp8")
+LAYOUTS = ("auto", "channels_last", "contiguous")
 DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
 
 # What each kind of step cache can be told, besides what all can.
@@ -86,6 +87,7 @@ class Options:
     dtype: torch.dtype | None = None
     disk_cache: bool = True
     cache: CacheOptions | None = None
+    layout: str = "auto"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -98,6 +100,8 @@ class Options:
             raise ValueError(f"skip must be empty without quantize, got {self.skip!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {_list(DTYPES)}, got {self.dtype!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         _at_least("max_graphs", self.max_graphs, 1)
         _at_least("max_graph_bytes", self.max_graph_bytes, 0)
         for name in ("freeze", "cuda_graphs", "disk_cache"):

@@ -28,6 +28,7 @@ class GraphReport:
     estimate. seconds: from the call to the captured graph. why_whole:
     why it was left as it was, or "". why_piece: why it is not the whole model, or "".
     stored: whether it was read from the disk, where an earlier process had stored it.
+    images: how convolutions take them.
     cuda_graphs: program, or "trajectory" (a whole step of ``fastdiff.sample``, with its solver) ->
     {"recordings", "replays", "bytes", "why_not"}. schedule: {"together", "alone", "why_not"}: for
     how many steps of ``fastdiff.sample`` the programs of the time ran all at once, before the first
@@ -55,6 +56,7 @@ class GraphReport:
     stored: bool = False
     schedule: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
+    images: str = ""
 
     @property
     def hoisted(self) -> float:
@@ -132,6 +134,8 @@ class Report:
             left = ", ".join(f"{count} {name}" for name, count in graph.unfused.items() if count)
             lines.append(f"  not fused: {left or 'nothing'}")
             lines += [f"    {count} {reason}" for reason, count in graph.why_unfused.items()]
+            if graph.images:
+                lines.append(f"  images: {graph.images}")
             for name, facts in graph.programs.items():
                 lines.append(f"  {name}: {facts['nodes']} calls, {facts['flops'] / 1e9:.3g} GFLOP")
             for name, facts in graph.cuda_graphs.items():

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from denoisers import made, tensors
+from recorders import Again
 from torch import Tensor, nn
-from trajectories import Again
 
 from fastdiff import compiler
 from fastdiff.compiler.cuda_graphs import Graphed, Pool

@@ -91,6 +91,60 @@ def test_a_layer_has_eagers_bits(name):
     assert_within_2x(model(spread), oracle, model._call_impl(spread))
 
 
+@pytest.mark.parametrize("kind", ["none", "tanh"])
+def test_a_gelu_that_follows_is_part_of_the_layer(kind):
+    """Of sums that have not been rounded: no less accurate than eager."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 256)
+    model = frozen(nn.Sequential(layer, nn.GELU(approximate=kind), nn.Linear(256, 64)))
+    x = image(2, 40, 64)
+    oracle = copy.deepcopy(model).double()(x.double())
+    right = model._call_impl(x)
+    assert_within_2x(model(x), oracle, right)
+    assert packed(model) == 2
+    assert compiler.report(model).graphs[-1].unfused["gelu"] == 0
+    with torch.no_grad():
+        layer.weight.mul_(-1.5)
+    oracle = copy.deepcopy(model).double()(x.double())
+    assert_within_2x(model(x), oracle, model._call_impl(x))
+
+
+def test_it_is_the_gelu_that_was_asked_for():
+    """The two differ by more than rounding where they are close to zero."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 256).requires_grad_(False), image(8, 40, 64)
+    wide = copy.deepcopy(layer).bfloat16().double()(x.double())
+    near = (wide < -1.5) & (wide > -3)
+    assert near.sum() > 100
+    kinds = ("none", "tanh")
+    errors = {}
+    for kind in kinds:
+        mine = frozen(nn.Sequential(copy.deepcopy(layer), nn.GELU(approximate=kind)))(x)
+        for other in kinds:
+            exact = nn.functional.gelu(wide, approximate=other)
+            errors[kind, other] = float((mine.double() - exact)[near].abs().mean())
+    for kind, other in (kinds, kinds[::-1]):
+        assert errors[kind, kind] < 0.7 * errors[kind, other], errors
+
+
+def test_a_gelu_that_is_not_alone_stays():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, sample: Tensor) -> Tensor:
+            y = self.layer(sample)
+            return nn.functional.gelu(y) + y
+
+    model = frozen(Two())
+    x = image(2, 40, 64)
+    oracle = copy.deepcopy(model).double()(x.double())
+    assert_within_2x(model(x), oracle, model._call_impl(x))
+    assert packed(model) == 1
+    assert compiler.report(model).graphs[-1].unfused["gelu"] == 1
+
+
 class Views(nn.Module):
     """What models do with images: flatten them, and give them back."""
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from denoisers import made
+from recorders import Again
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectories import (
     SHAPE,
     SOLVERS,
-    Again,
     Tiny,
     draw,
     graphs,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from recorders import Again
 from torch import Tensor
-from trajectories import Again, Tiny, draw, prepared, tiny
+from trajectories import Tiny, draw, prepared, tiny
 
 from fastdiff import compiler
 from fastdiff.solvers import make_table

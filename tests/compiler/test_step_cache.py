@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from denoisers import made, tensors
-from test_cuda_graphs import Again
+from recorders import Again
 from torch import Tensor, nn
 
 import fastdiff

@@ -9,6 +9,7 @@ under the name of each part and of both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import fx
 
@@ -18,6 +19,7 @@ from fastdiff.compiler.passes.gate_residual import fuse_gate_residual, fuse_gate
 from fastdiff.compiler.passes.gated import fuse_geglu, fuse_swiglu
 from fastdiff.compiler.passes.group_norm import fuse_add_group_norm, fuse_group_norm
 from fastdiff.compiler.passes.layer_norm import fuse_layer_norm
+from fastdiff.compiler.passes.layout import channels_last
 from fastdiff.compiler.passes.prepack import prepack
 from fastdiff.compiler.passes.qkv import merge_projections
 from fastdiff.compiler.passes.rms_norm import fuse_rms_norm
@@ -38,6 +40,8 @@ PASSES: dict[str, Callable[[fx.Graph], int]] = {
     "attention": fuse_attention,
     "qkv": merge_projections,
     "prepack": prepack,
+    # After all that looks at strides.
+    "channels_last": channels_last,
 }
 
 
@@ -45,15 +49,17 @@ def passes_for(
     options: Options, quantize: Callable[[fx.Graph], int] | None = None
 ) -> dict[str, Callable[[fx.Graph], int]]:
     """Those that these options ask for, and the one that knows the model's layers, if any."""
-    # These two look at real memory, which Inductor does not show; it has its own ways for both.
-    left = {"qkv", "prepack"} if options.mode == "max" else set()
+    # Two look at real memory, which Inductor does not show; it has its own ways for all three.
+    left = {"qkv", "prepack", "channels_last"} if options.mode == "max" else set()
     if not options.freeze:
         left.add("prepack")
     passes = {name: fuse for name, fuse in PASSES.items() if name not in left}
     if quantize is not None:
         # After the merged projections; what it leaves may be packed.
-        last = {"prepack": passes.pop("prepack")} if "prepack" in passes else {}
-        passes |= {"quantize": quantize, **last}
+        last = [name for name in ("prepack", "channels_last") if name in passes]
+        passes |= {"quantize": quantize} | {name: passes.pop(name) for name in last}
+    if "channels_last" in passes:
+        passes["channels_last"] = partial(channels_last, layout=options.layout)
     return passes
 
 
