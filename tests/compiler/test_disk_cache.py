@@ -85,6 +85,18 @@ def net() -> tuple[Net, Tensor, Tensor]:
     return model, torch.randn(2, 8), torch.tensor([3.0, 4.0])
 
 
+def ready(when: str) -> tuple[Net, Tensor, Tensor, Tensor]:
+    """A model whose graph is stored, "before" or "after" it was read; and the right result."""
+    model, x, t = net()
+    compiled(model)
+    right = model(x, t)["sample"]
+    report = compiled(model)
+    if when == "after":
+        assert torch.equal(model(x, t)["sample"], right)
+        assert stored_flags(report()) == [True]
+    return model, x, t, right
+
+
 # --- found ----------------------------------------------------------------------------------------
 
 
@@ -195,13 +207,7 @@ CHANGES = [_power, _processor, _config, _layer, _weight, _wider, _hook, _table, 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_changes_of_the_model_are_seen(change, when):
-    model, x, t = net()
-    compiled(model)
-    before = model(x, t)["sample"]
-    report = compiled(model)
-    if when == "after":
-        assert torch.equal(model(x, t)["sample"], before)
-        assert stored_flags(report()) == [True]
+    model, x, t, before = ready(when)
     change(model)
     result = model(x, t)["sample"]
     again = model(x, t)["sample"]
@@ -239,13 +245,7 @@ PATCHES = [_class_attribute, _helper_replaced, _constant, _of_pytorch, _forward]
 @pytest.mark.parametrize("change", PATCHES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_changes_of_the_code_are_seen(change, when, monkeypatch):
-    model, x, t = net()
-    compiled(model)
-    before = model(x, t)["sample"]
-    report = compiled(model)
-    if when == "after":
-        assert torch.equal(model(x, t)["sample"], before)
-        assert stored_flags(report()) == [True]
+    model, x, t, before = ready(when)
     change(monkeypatch)
     result = model(x, t)["sample"]
     compiler.uncompile(model)
