@@ -199,6 +199,12 @@ def _cpp(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, extra_out, lse
 
 
+def _cpp_level() -> int:
+    """The instruction set of the C++ kernel; 0: portable vectors, not measured against SDPA."""
+    module = ext()
+    return 0 if module is None else module.attention_level()
+
+
 def _triton_supports(*args: Any, **kwargs: Any) -> str:
     call = Arguments(*args, **kwargs)
     q = call.q
@@ -298,7 +304,7 @@ def prefer(*args: Any, **kwargs: Any) -> str:
     """The implementation that "auto" tries first for a call."""
     call = Arguments(*args, **kwargs)
     if call.q.device.type != "cuda":
-        return "cpp" if call.queries >= CPP_QUERIES else "sdpa"
+        return "cpp" if call.queries >= CPP_QUERIES and _cpp_level() > 0 else "sdpa"
     fused = call.extra_k is not None or call.norm != "none" or call.cos is not None
     if MEASURED:
         major, minor = torch.cuda.get_device_capability(call.q.device)
