@@ -111,7 +111,7 @@ static int compare(int batch, int heads, int queries, int keys, int width, bool 
         if (args.lse && total > 0) raise_to(worst_lse, std::fabs(lse[at] - right));
       }
   // |v| <= 2: rounding the weights costs at most 2^-8 of the distance of v and the result, below 4;
-  // rounding the result another 2^-8. Scores are below 256: lse is as exact as a float of that size.
+  // rounding the result another 2^-8. Scores are below 256: lse is as exact as a float that large.
   const bool fine = worst < 5 * 0x1p-8 && worst_lse < 0x1p-15;
   if (!fine)
     std::printf("%dx%dx%dx%d, %d keys%s: out off by %g, lse by %g\n", batch, queries, heads, width,
