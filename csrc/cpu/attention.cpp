@@ -355,10 +355,6 @@ class Head {
       for (int i = 0; i < N; ++i) x[i] = (used - x[i]) * splat(factor_);
       exp_negative(x, power);
     }
-    if (N == 4)
-      total = total + ((power[0] + power[1]) + (power[2] + power[3]));
-    else
-      for (int i = 0; i < N; ++i) total = total + power[i];
 #if defined(__AVX512BF16__)
     alignas(64) static constexpr uint16_t kInterleave[32] = {
         0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -368,11 +364,18 @@ class Head {
     for (int i = 0; i < N; i += 2) {
       const vfloat second = i + 1 < N ? power[i + 1 < N ? i + 1 : 0] : splat(0.0f);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, power[i]);
-      _mm512_storeu_si512(weights + i / 2 * kQueries, _mm512_permutexvar_epi16(order, both));
+      const __m512i pair = _mm512_permutexvar_epi16(order, both);
+      _mm512_storeu_si512(weights + i / 2 * kQueries, pair);
+      // The sum of the rounded weights: one key that outweighs all others gets exactly its value.
+      if (kShort) total = multiply_add(0x3f803f80u, (vfloat)pair, total);
     }
 #else
     for (int i = 0; i < N; ++i) store(scores + i * kQueries, power[i]);
 #endif
+    if (kPairs && kShort) return;
+    vfloat sum = power[0];
+    for (int i = 1; i < N; ++i) sum = sum + power[i];
+    total = total + sum;
   }
 
   void finish(const AttentionSegment& segment, T* out, int queries, int vectors, float* lse) {
