@@ -40,9 +40,9 @@ VARIABLES = (
     ),
     Variable(
         "FASTDIFF_ISA_MAX",
-        "2",
+        "4",
         "the C++ kernels, once",
-        "highest CPU instruction set used: 0 portable, 1 AVX2, 2 AVX-512",
+        "highest CPU instruction set used: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX512_BF16, 4 AMX",
     ),
     Variable(
         "TRITON_INTERPRET",
@@ -54,7 +54,7 @@ VARIABLES = (
         "FASTDIFF_CACHE",
         "",
         "fastdiff, once",
-        "folder of the tuned launches; else fastdiff in XDG_CACHE_HOME",
+        "folder of tuned launches and captured graphs; else fastdiff in XDG_CACHE_HOME",
     ),
     Variable(
         "XDG_CACHE_HOME",
