@@ -32,7 +32,8 @@ struct Attention {
 };
 
 // The instruction set of this op: isa_level(), or 3 where the processor has AVX512_BF16, or 4 where
-// it has AMX-BF16 and the kernel lets this process use it. FASTDIFF_ISA_MAX lowers it.
+// FASTDIFF_ISA_MAX is 4, it has AMX-BF16, and the kernel lets this process use it. A lower
+// FASTDIFF_ISA_MAX lowers it.
 int attention_level();
 
 void attention(const Attention& args);

@@ -40,9 +40,10 @@ VARIABLES = (
     ),
     Variable(
         "FASTDIFF_ISA_MAX",
-        "4",
+        "3",
         "the C++ kernels, once",
-        "highest CPU instruction set used: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX512_BF16, 4 AMX",
+        "highest CPU instruction set used: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX512_BF16, "
+        "4 AMX (only emulated so far)",
     ),
     Variable(
         "TRITON_INTERPRET",
