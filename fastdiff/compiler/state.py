@@ -142,18 +142,53 @@ class _Names:
         return all(get(name, _Names) is value for name, value in self.found.items())
 
 
-class _Hooks:
+class _Module:
+    """A module's class, which some libraries exchange, and that it has no hooks."""
+
     def __init__(self, module: nn.Module) -> None:
+        self._module, self._kind = module, type(module)
         self._dicts = [getattr(module, name) for name in HOOKS]
 
     def unchanged(self) -> bool:
-        return not any(self._dicts)
+        return type(self._module) is self._kind and not any(self._dicts)
+
+
+class _Tensors:
+    """Where tensors are and what they are: ``.to()`` leaves a parameter the same object."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Tensor, tuple[Any, ...]]] = []
+
+    def add(self, tensor: Tensor) -> None:
+        self._found.append((tensor, self._facts(tensor)))
+
+    @staticmethod
+    def _facts(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape
+
+    def unchanged(self) -> bool:
+        facts = self._facts
+        return all(facts(tensor) == known for tensor, known in self._found)
+
+
+class _Cells:
+    """The variables of enclosing functions."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[types.CellType, Any]] = []
+
+    def unchanged(self) -> bool:
+        try:
+            return all(cell.cell_contents is value for cell, value in self.found)
+        except ValueError:  # empty now
+            return False
 
 
 class _Walk:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self.watched: list[Any] = []
+        self._tensors, self._cells = _Tensors(), _Cells()
+        self.watched: list[Any] = [self._tensors, self._cells]
         self._numbers: dict[int, int] = {}  # of objects that were described: the second is a number
         self._held: list[Any] = []
         self._names: dict[str, None] = {}  # that code mentions, in order
@@ -190,7 +225,7 @@ class _Walk:
         elif self._again(value):
             pass
         elif isinstance(value, Tensor):
-            self._tensor(value, path)
+            self._tensor(value, path, watch)
         elif isinstance(value, nn.Module):
             self._module(value, path)
         elif isinstance(value, (dict, types.MappingProxyType)):
@@ -216,15 +251,17 @@ class _Walk:
         else:
             raise Unstorable(f"{path} is a {kind.__module__}.{kind.__qualname__}")
 
-    def _tensor(self, value: Tensor, path: str) -> None:
+    def _tensor(self, value: Tensor, path: str, watch: bool) -> None:
         if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.layout != torch.strided:
             raise Unstorable(f"{path} is a {type(value).__name__} of layout {value.layout}")
         self._emit("tensor", value.dtype, value.device, *value.shape, "by", *value.stride())
+        if watch:
+            self._tensors.add(value)
 
     def _module(self, module: nn.Module, path: str) -> None:
         if any(getattr(module, name) for name in HOOKS):
             raise Unstorable(f"{path} has hooks")
-        self.watched.append(_Hooks(module))
+        self.watched.append(_Module(module))
         self._emit("module")
         self._class(type(module))
         state = vars(module)
@@ -296,6 +333,7 @@ class _Walk:
                 inside = cell.cell_contents
             except ValueError:  # empty
                 continue
+            self._cells.found.append((cell, inside))
             self._loose(inside, f"{module}.{value.__qualname__}")
 
     def _loose(self, value: Any, path: str) -> None:

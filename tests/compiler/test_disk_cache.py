@@ -64,7 +64,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, extra: Any = None) -> dict[str, Any]:
         y = functional.silu(self.project(x)) * self.scale + self.config["shift"] + self.table
-        y = y + _helper(t)[:, None] ** self.processor.power
+        y = times(y) + _helper(t)[:, None] ** self.processor.power
         for layer in self.out:
             y = layer(y)
         if extra is not None:
@@ -201,12 +201,54 @@ def _in_place(model: Net) -> None:
     model.project.weight.data.mul_(3)
 
 
-CHANGES = [_power, _processor, _config, _layer, _weight, _wider, _hook, _table, _in_place]
+class Doubled(Net):
+    def forward(self, x: Tensor, t: Tensor, extra: Any = None) -> dict[str, Any]:
+        return {"sample": super().forward(x, t, extra)["sample"] * 2}
+
+
+def _class(model: Net) -> None:
+    model.__class__ = Doubled
+
+
+def _outer() -> tuple[Callable[[Any], Any], Callable[[int], None]]:
+    factor = 1
+
+    def times(x: Any) -> Any:
+        return x * factor
+
+    def change(to: int) -> None:
+        nonlocal factor
+        factor = to
+
+    return times, change
+
+
+times, change_factor = _outer()
+
+
+def _enclosed(model: Net) -> None:
+    change_factor(model.processor.power + 1)
+
+
+CHANGES = [
+    _class,
+    _enclosed,
+    _power,
+    _processor,
+    _config,
+    _layer,
+    _weight,
+    _wider,
+    _hook,
+    _table,
+    _in_place,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_changes_of_the_model_are_seen(change, when):
+    change_factor(1)
     model, x, t, before = ready(when)
     change(model)
     result = model(x, t)["sample"]
@@ -252,6 +294,21 @@ def test_changes_of_the_code_are_seen(change, when, monkeypatch):
     right = model(x, t)["sample"]
     torch.testing.assert_close(result, right)
     assert not torch.allclose(right, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_weights_in_another_precision_are_seen(dtype):
+    model, x, t = net()
+    inputs = {"x": x, "t": t}
+    state = State(model, inputs)
+    weight = model.out[0].weight
+    assert state.unchanged()
+    model.out.to(dtype)
+    assert model.out[0].weight is weight  # the same parameter, other contents
+    assert not state.unchanged()
+    assert State(model, inputs).key != state.key
+    model.out.float()
+    assert State(model, inputs).key == state.key
 
 
 def test_what_was_changed_back_is_found_again():
