@@ -75,16 +75,21 @@ class State:
         self.key = walk.digest()
         self._watched = walk.watched
 
-    def unchanged(self) -> bool:
+    def unchanged(self, tensors: bool = True) -> bool:
         """Whether everything of the model is the same object as when this was made.
 
-        False says nothing: an attribute may have been set to an equal value.
+        False says nothing: an attribute may have been set to an equal value. tensors: whether they
+        must be where they were, too.
         """
         try:
             same = ambient() == self._ambient
         except Unstorable:
             return False
-        return same and all(watched.unchanged() for watched in self._watched)
+        return same and all(
+            watched.unchanged()
+            for watched in self._watched
+            if tensors or not isinstance(watched, _Tensors)
+        )
 
 
 def ambient() -> tuple[Any, ...]:

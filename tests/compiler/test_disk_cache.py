@@ -33,6 +33,11 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+
+
 def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache" / "graphs").glob("*"))
 
