@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -82,3 +83,11 @@ def poisoned_empty() -> Iterator[None]:
         new_empty = poison(torch.Tensor.new_empty)
         stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", new_empty))
         yield
+
+
+def psnr(mine: torch.Tensor, right: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, of the range of ``right``; inf where they are equal."""
+    mine, right = mine.double(), right.double()
+    error = float((mine - right).square().mean())
+    reach = float(right.max() - right.min())
+    return 10 * math.log10(reach**2 / error) if error else math.inf

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff import compiler
+from fastdiff.testing import psnr
 
 STEPS = 50
 SHAPE = (2, 4, 16, 16)
@@ -72,7 +73,7 @@ def test_overhead_of_a_trajectory(
     }
     right = variants["eager"]()
     for name in ("graph", "graph", "cpp", "cpp"):
-        torch.testing.assert_close(variants[name](), right, rtol=1e-3, atol=1e-3)
+        assert psnr(variants[name](), right) >= 80
 
     compiled: Any = model._compiled_call_impl
     (trajectory,) = compiled.trajectories.values()

@@ -172,7 +172,25 @@ class Pool:
             self._users.clear()
 
 
-class Graphed:
+class Counted:
+    """What a report tells of something recorded."""
+
+    recordings: int
+    replays: int
+    nbytes: int
+    why_not: str
+
+    def facts(self) -> dict[str, Any]:
+        """How often recorded and replayed (a trajectory: its steps), bytes, why it is not."""
+        return {
+            "recordings": self.recordings,
+            "replays": self.replays,
+            "bytes": self.nbytes,
+            "why_not": self.why_not,
+        }
+
+
+class Graphed(Counted):
     """A function of tensors, run as it is the first time, then recorded, then replayed.
 
     fixed: the positions of inputs whose addresses hardly ever change: weights.
@@ -202,15 +220,6 @@ class Graphed:
         with self._pool.lock:
             self.forget()
             self._pool.without(self)
-
-    def facts(self) -> dict[str, Any]:
-        """For reports: how often recorded and replayed, its bytes, why it is not."""
-        return {
-            "recordings": self.recordings,
-            "replays": self.replays,
-            "bytes": self.nbytes,
-            "why_not": self.why_not,
-        }
 
     def __call__(self, *values: Any) -> Any:
         """The function's results for these inputs, in memory of their own."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastdiff._philox import device_seeds
 from fastdiff.compiler.captured import Graph
 from fastdiff.compiler.compiled import Compiled
-from fastdiff.compiler.cuda_graphs import Buffers, Pool
+from fastdiff.compiler.cuda_graphs import Buffers, Counted, Pool
 from fastdiff.compiler.runner import BEFORE, Runner, instead
 from fastdiff.compiler.schedule import Tables
 from fastdiff.ops.solver_step import empty_stack
@@ -143,7 +143,7 @@ def name_of(values: Mapping[str, Any], time: Tensor) -> str:
     return next((name for name, value in values.items() if value is time), "")
 
 
-class Trajectory:
+class Trajectory(Counted):
     """One step of a run, recorded; see the top of this file.
 
     state: [B, ...], for its shape, dtype and memory order. copies: 2 evaluates [uncond, cond] as a
@@ -189,15 +189,6 @@ class Trajectory:
             self.forget()
             self._pool.without(self)
             self._follow(None)
-
-    def facts(self) -> dict[str, Any]:
-        """For reports; ``replays`` counts steps."""
-        return {
-            "recordings": self.recordings,
-            "replays": self.replays,
-            "bytes": self.nbytes,
-            "why_not": self.why_not,
-        }
 
     def run(
         self,

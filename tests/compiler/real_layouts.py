@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from fastdiff import compiler
 from fastdiff.compiler import captured
-from fastdiff.testing import assert_within_2x
+from fastdiff.testing import assert_within_2x, psnr
 
 Inputs = dict[str, Any]
 
@@ -212,13 +212,6 @@ class Loop:
             out = self.step(model, x, sigma).double()
             x = x + (after - sigma) * out[:, : x.shape[1]]
         return x
-
-
-def psnr(x: Tensor, reference: Tensor) -> float:
-    """In dB, of the reference's range."""
-    error = float((x - reference).square().mean())
-    span = float(reference.max() - reference.min())
-    return 10 * math.log10(span * span / error) if error else math.inf
 
 
 def compare(name: str, size: int, steps: int, calls: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from fastdiff.sampling import Clip, Guidance
 from fastdiff.sampling.captured import Trajectory
 from fastdiff.solvers import Row, SolverTable, Update, make_table
 from fastdiff.solvers.trajectory import IndexedTable
+from fastdiff.testing import psnr
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_real_architectures(recorder, name):
     right = run()
     prepared(recorder, model)
     replayed = run(engine="graph")
-    torch.testing.assert_close(replayed, right, rtol=1e-3, atol=1e-3 * float(right.abs().max()))
+    assert psnr(replayed, right) >= 80
     assert torch.equal(replayed, run(engine="reference"))
     assert recordings(model) == 1
     (graph,) = compiler.report(model).graphs

@@ -34,7 +34,7 @@ import fastdiff
 from fastdiff import compiler
 from fastdiff.compiler import step_cache
 from fastdiff.compiler.cuda_graphs import Pool
-from fastdiff.testing import assert_within_2x
+from fastdiff.testing import assert_within_2x, psnr
 
 pytest.importorskip("diffusers")
 pytestmark = [
@@ -523,13 +523,6 @@ def trajectory(model: nn.Module, inputs: Callable[[int], dict[str, Any]]) -> Ten
     kind = {"schedule": "scaled_linear", "prediction": "eps", "solver": "ddim"}
     shape = values["sample"].shape
     return fastdiff.sample(model, shape, steps=20, seed=0, model_kwargs=text, **kind)
-
-
-def psnr(mine: Tensor, right: Tensor) -> float:
-    """In dB of the range of ``right``."""
-    error = float((mine.double() - right.double()).square().mean())
-    reach = float(right.double().max() - right.double().min())
-    return 10 * math.log10(reach**2 / error) if error else math.inf
 
 
 @pytest.mark.parametrize(

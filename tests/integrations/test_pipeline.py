@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import pickle
 import threading
 import weakref
@@ -20,6 +19,7 @@ from tiny_pipelines import PIPELINES, draw, made, random  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff.integrations import diffusers as adapters  # noqa: E402
+from fastdiff.testing import psnr  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -40,13 +40,6 @@ def same(mine: Tensor, right: Tensor) -> None:
     """1e-4 of the largest latent: pictures in float32 after some steps."""
     assert mine.isfinite().all()
     assert float((mine - right).abs().max()) <= 1e-4 * float(right.abs().max())
-
-
-def psnr(mine: Tensor, right: Tensor) -> float:
-    """Of two runs' latents, in dB of the range of ``right``."""
-    error = float((mine.double() - right.double()).square().mean())
-    reach = float(right.double().max() - right.double().min())
-    return 10 * math.log10(reach**2 / error) if error else math.inf
 
 
 def captures(pipe: Any) -> int:

@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from test_pipeline import denoiser, psnr
+from test_pipeline import denoiser
 from tiny_pipelines import draw, made
 
 import fastdiff
 from fastdiff.compiler import step_cache
+from fastdiff.testing import psnr
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
