@@ -1,0 +1,1 @@
+"""Checkpoints: reading, recognising, checking, converting and writing the files of models."""
