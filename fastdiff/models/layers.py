@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastdiff import ops
 
 
-def group_norm(
-    norm: nn.GroupNorm, x: Tensor, *, activation: str = "silu", **more: Tensor
-) -> Tensor:
+def group_norm(norm: nn.GroupNorm, x: Tensor, *, activation: str = "silu", **more: Any) -> Tensor:
     """``ops.group_norm_silu`` with the weights of ``norm``; more: add, scale, shift, skip."""
     return ops.group_norm_silu(
         x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, activation=activation, **more
