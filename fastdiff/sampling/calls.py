@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff._ext import DTYPE_CODES
 from fastdiff.sampling.guidance import Guidance, rescaled
 from fastdiff.sampling.hooks import Hook, Place
+from fastdiff.sampling.programs import in_programs
 from fastdiff.sampling.rules import langevin, learned_range
 from fastdiff.solvers.engine import state_dtype
 from fastdiff.solvers.noise import Noise
@@ -189,7 +190,6 @@ class PlainEvaluate:
         outputs: Outputs,
         versions: bool = False,
     ) -> None:
-        self._model = model
         self._versions = versions
         self._kwargs = dict(kwargs)
         self.accept = outputs.accept
@@ -197,6 +197,7 @@ class PlainEvaluate:
         self.times = table.time_tensors(
             outputs.shape[0], state_dtype(outputs.dtype), outputs.device
         )
+        self._model = in_programs(model, self.times)
 
     def __call__(self, model_input: Tensor, row: int, /) -> Any:
         if self._versions and not model_input.is_inference():
@@ -221,7 +222,7 @@ class ComposedEvaluate:
         hooks: Sequence[Hook],
         noise: Noise,
     ) -> None:
-        self._model, self._table, self._arguments = model, table, arguments
+        self._table, self._arguments = table, arguments
         self._guidance, self._noise = guidance, noise
         self._hooks = [hook for hook in hooks if _overrides(hook, "predict")]
         self._adding = [hook for hook in hooks if _overrides(hook, "arguments")]
@@ -237,6 +238,10 @@ class ComposedEvaluate:
         )
         self._times = table.time_tensors(batch, self._state, device)
         self._times_two = table.time_tensors(2 * batch, self._state, device)
+        self._model = in_programs(model, self._times, self._times_two)
+        self._guide = self._model
+        if guidance.guide is not None:
+            self._guide = in_programs(guidance.guide, self._times)
         # A model of that kind returns the variance in every row, used or not.
         self._learned = any(row.rule == "learned_range" for row in table.rows)
         self._drawn: Tensor | None = None
@@ -292,7 +297,7 @@ class ComposedEvaluate:
             return call(self._model, arguments.cond)
         variance: Tensor | None
         if guidance.guide is not None or not guidance.batched:
-            other = call(guidance.guide or self._model, arguments.uncond)[0]
+            other = call(self._guide, arguments.uncond)[0]
             cond, variance = call(self._model, arguments.cond)
         else:
             twice, both = torch.cat([x, x]), self._times_two[place.index]
