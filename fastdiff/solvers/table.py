@@ -385,6 +385,17 @@ class SolverTable:
                 "build the table from grid.from_step(start) instead"
             ) from error
 
+    def until(self, end: int) -> SolverTable:
+        """The table's first ``end`` rows; they end on a state of the level ``end_level``."""
+        _check_index("end", end, 1, len(self.rows))
+        kept = self.rows[:end]
+        return dataclasses.replace(
+            self,
+            rows=kept,
+            num_draws=sum(row.draw >= 0 for row in kept),
+            end_level=self.level_after(end - 1),
+        )
+
     def __str__(self) -> str:
         names = ["x", *(f"r{j}" for j in range(1, self.num_registers))]
         header = f"{self.name}: {self.evaluations} model evaluations, "
