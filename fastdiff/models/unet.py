@@ -9,6 +9,7 @@ those and with diffusers' UNet2DConditionModel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -122,9 +123,9 @@ class Encoder(Denoiser):
             label = self.label_emb(y if self.config.num_classes else y.to(self.time_embed.dtype))
         if guidance is not None:
             dim = cast(int, self.config.guidance_dim)
-            wide = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
-            wave = sinusoid(1000 * (wide - 1), dim, cos_first=False, shift=1.0)
-            scale = self.time_embed.cond_proj(wave.to(self.time_embed.dtype))
+            scale = self.time_embed.cond_proj(
+                guidance_wave(guidance, dim).to(self.time_embed.dtype)
+            )
         return {"kv": kv, "label": label, "guidance": scale}
 
     def schedule(self, t: Tensor, prompt: Values) -> Values:
@@ -193,6 +194,18 @@ class Encoder(Denoiser):
             batch = value.shape[0]
         if config.num_classes and y is not None and (y.is_floating_point() or y.is_complex()):
             raise TypeError(f"y must be integers, got {y.dtype}")
+
+
+def guidance_wave(guidance: Tensor, dim: int) -> Tensor:
+    """[sin, cos] of 1000 (guidance - 1) [B] times 10000^(-i/(dim/2 - 1)), [B, dim] in float32.
+
+    The angles go to thousands, where a float32 has three decimals left: in the order of operations
+    of diffusers' get_guidance_scale_embedding, which is that of the training.
+    """
+    rate = math.log(10000.0) / (dim // 2 - 1)
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=guidance.device)
+    angles = ((guidance.float() - 1) * 1000.0)[:, None] * torch.exp(steps * -rate)[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def run(

@@ -103,6 +103,8 @@ class EncoderConfig:
             raise ValueError(f"vector_dim must be None with num_classes, got {self.vector_dim}")
         if self.time_channels % 2:
             raise ValueError(f"model_channels must be even, got {self.time_channels}")
+        if self.guidance_dim is not None and (self.guidance_dim % 2 or self.guidance_dim < 4):
+            raise ValueError(f"guidance_dim must be even and at least 4, got {self.guidance_dim}")
 
     @property
     def time_channels(self) -> int:
