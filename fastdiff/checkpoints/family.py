@@ -65,9 +65,10 @@ class Family:
     optional: official names a file may hold that are no parameters of ours (buffers that are
         computed), or that it may lack.
     classes: ``_class_name`` in the ``config.json`` of a diffusers folder.
-    diffusers: the diffusers layout of a configuration. from_diffusers: the configuration of a
-        ``config.json``; ValueError naming the entry for what the module cannot do. to_diffusers:
-        the ``config.json`` of a configuration.
+    diffusers: the diffusers layout of a configuration. older: parts of the names (between two dots)
+        in folders of older versions of diffusers, and what they are now.
+    from_diffusers: the configuration of a ``config.json``; ValueError naming the entry for what the
+        module cannot do. to_diffusers: the ``config.json`` of a configuration.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Family:
     optional: frozenset[str] = frozenset()
     classes: tuple[str, ...] = ()
     diffusers: Callable[[Any], Layout] | None = None
+    older: Mapping[str, str] = field(default_factory=dict)
     from_diffusers: Callable[[Mapping[str, Any]], Any] | None = None
     to_diffusers: Callable[[Any], dict[str, Any]] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
