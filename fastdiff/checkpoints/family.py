@@ -20,7 +20,8 @@ class Source:
     keys: the file's tensors. how: what makes ours of them:
 
     * "same": the one tensor, reshaped to ours where that only adds or drops dimensions of 1 (a
-      1x1 convolution that is a linear layer there);
+      1x1 convolution that is a linear layer there); of several keys every one holds a copy of it,
+      and a file whose copies differ is no file of ours (ValueError);
     * "rows": several, one behind the other along dimension 0 (Q, K and V of a fused projection);
       sizes: the rows of each, which a file is written with;
     * "swap": the two halves of dimension 0 exchanged (scale and shift of a last modulation).
@@ -34,7 +35,10 @@ class Source:
         """Our parameter from the file's tensors."""
         if self.how == "rows":
             return torch.cat(tensors)
-        (tensor,) = tensors
+        tensor = tensors[0]
+        for key, copy in zip(self.keys, tensors, strict=True):
+            if not torch.equal(copy, tensor):
+                raise ValueError(f"{key} must be a copy of {self.keys[0]}, got other values")
         if self.how == "swap":
             return torch.cat(tensor.chunk(2)[::-1])
         return tensor.reshape(shape) if tuple(tensor.shape) != shape else tensor
@@ -45,10 +49,11 @@ class Source:
             return dict(zip(self.keys, ours.split(self.sizes), strict=True))
         if self.how == "swap":
             return {self.keys[0]: torch.cat(ours.chunk(2)[::-1])}
-        return {self.keys[0]: ours}
+        return dict.fromkeys(self.keys, ours)
 
 
-# Our parameter's name -> where it is; a layout covers every parameter and persistent buffer.
+# Our parameter's name -> where it is; a layout covers every parameter and persistent buffer, but
+# for those among Family.optional that the layout does not hold.
 Layout = Mapping[str, Source]
 
 
@@ -63,7 +68,7 @@ class Family:
         removed) and shapes of its tensors; None for another family's.
     official: the official layout where the module's own names are not it, else None.
     optional: official names a file may hold that are no parameters of ours (buffers that are
-        computed), or that it may lack.
+        computed), or that it may lack: ``build`` computes those, on the CPU even under meta.
     classes: ``_class_name`` in the ``config.json`` of a diffusers folder.
     diffusers: the diffusers layout of a configuration. older: parts of the names (between two dots)
         in folders of older versions of diffusers, and what they are now.
