@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import images as pictures
 from fastdiff.models.denoiser import Denoiser, Values
-from fastdiff.sampling import Hook, Place, RunFacts
+from fastdiff.sampling import Hook, Place
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,26 @@ class Concatenated(Denoiser):
         return self.model.step(joined, schedule, prompt["model"])
 
 
-class Scales(Hook):
-    """The weights of ControlNets in each row: 0 outside of their range."""
+def scales_of(model: Any, controls: Sequence[Control], rows: int) -> list[Hook]:
+    """Sets a ControlledUNet's scales; the hook that changes them in a run, where they change."""
+    by_row = []
+    for index in range(rows):
+        first, last = index / rows, (index + 1) / rows
+        by_row.append(
+            tuple(0.0 if first < c.start or last > c.end else float(c.scale) for c in controls)
+        )
+    model.scales = by_row[0]
+    return [] if len(set(by_row)) == 1 else [_Scales(model, by_row)]
 
-    def __init__(self, controls: Sequence[Control]) -> None:
-        self.controls = controls
 
-    def begin(self, run: RunFacts) -> None:
-        """The rows' weights; equal ones are one object."""
-        count = len(run.table)
-        kept: dict[tuple[float, ...], tuple[float, ...]] = {}
-        self._rows = []
-        for index in range(count):
-            first, last = index / count, (index + 1) / count
-            weights = tuple(
-                0.0 if first < one.start or last > one.end else one.scale for one in self.controls
-            )
-            self._rows.append(kept.setdefault(weights, weights))
+class _Scales(Hook):
+    """The scales of each row."""
+
+    def __init__(self, model: Any, by_row: Sequence[tuple[float, ...]]) -> None:
+        self.model, self.by_row = model, by_row
 
     def arguments(
         self, x: Tensor, t: Tensor, arguments: Mapping[str, Any], place: Place
     ) -> Mapping[str, Any]:
-        return {"scales": self._rows[place.index]}
+        self.model.scales = self.by_row[place.index]
+        return {}

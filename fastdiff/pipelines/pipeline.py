@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdiff import images as pictures
 from fastdiff.compiler import compile as compile_model
 from fastdiff.models.autoencoder import Gaussian
-from fastdiff.pipelines.control import Concatenated, Scales
+from fastdiff.pipelines.control import Concatenated, scales_of
 from fastdiff.pipelines.job import Job
 from fastdiff.pipelines.prompts import Conditioner
 from fastdiff.pipelines.recipes import Recipe
@@ -190,6 +190,9 @@ class Pipeline:
         cond, uncond = self.conditions(job)
         model, hooks = self.denoiser, [*self.recipe.hooks, *job.hooks]
         shape = self.shape(job.count, job.size)
+        if job.control:
+            model, cond, uncond = self._controlled(job, cond, uncond)
+            hooks += scales_of(model, job.control, len(job.table))
         inpaints = job.mask is not None
         extra_channels = inpaints and self._takes_extra(shape[1] + 1)
         known = None
@@ -205,15 +208,17 @@ class Pipeline:
                 small = small.to(self.dtype).expand(job.count, -1, -1, -1)
                 more = {"extra": torch.cat([small, masked], dim=1)}
                 cond, uncond = {**cond, **more}, None if uncond is None else {**uncond, **more}
-                model = self.wrapped("extra", lambda: Concatenated(self.denoiser))
+                inner = model
+                model = self.wrapped(("extra", id(inner)), lambda: Concatenated(inner))
             else:
                 assert known is not None
-                hooks.append(Inpaint(known=known, mask=small, noise=z))
+                clean = job.part[1] == 1
+                hooks.append(Inpaint(known=known, mask=small, noise=z, clean_end=clean))
+                if job.generator is not None and job.table.num_draws:
+                    # diffusers encodes the masked picture for this U-Net, too, and drops it.
+                    Gaussian(*[torch.zeros_like(known[: len(job.image)])] * 2).sample(job.generator)
         if job.preview is not None:
             hooks.append(self._preview(job.preview))
-        if job.control:
-            model, cond, uncond = self._controlled(job, cond, uncond)
-            hooks.append(Scales(job.control))
         return sample(
             model,
             x=self._start(job, known, z),
@@ -342,15 +347,15 @@ class Pipeline:
 
     def _controlled(
         self, job: Job, cond: dict[str, Any], uncond: dict[str, Any] | None
-    ) -> tuple[nn.Module, dict[str, Any], dict[str, Any] | None]:
+    ) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
         """The denoiser with the ControlNets of a job, and their pictures in its conditions."""
         from fastdiff.models.controlnet import ControlledUNet
 
         nets = [one.model for one in job.control]
         model = self.wrapped(tuple(map(id, nets)), lambda: ControlledUNet(self.denoiser, nets))
-        hints = tuple(
+        hints = [
             one.hint(job.size).to(self.device, self.dtype).expand(job.count, -1, -1, -1)
             for one in job.control
-        )
-        more = {"hints": hints}
+        ]
+        more = {"hints": torch.stack(hints, dim=1)}
         return model, {**cond, **more}, None if uncond is None else {**uncond, **more}

@@ -123,7 +123,8 @@ class Inpaint(Hook):
     known: the clean sample, [B or 1, ...]. mask: 1 where the model draws, 0 where ``known`` stays;
     anything that broadcasts to the state, fractions blend. noise: the noise of the known part; by
     default the run's own initial noise, as in diffusers' pipelines. The result holds ``known``
-    exactly when the run ends on the clean sample.
+    exactly when the run ends on the clean sample, and with ``clean_end`` always: some tables end on
+    the least noise of their schedule and take that for none.
 
     Raises ValueError for shapes that do not broadcast and a mask outside 0..1.
     """
@@ -131,8 +132,10 @@ class Inpaint(Hook):
     known: Tensor
     mask: Tensor
     noise: Tensor | None = None
+    clean_end: bool = False
 
     def begin(self, run: RunFacts) -> None:
+        self._last = len(run.table) - 1
         for name, value in (("known", self.known), ("mask", self.mask), ("noise", self.noise)):
             if value is None:
                 continue
@@ -157,7 +160,10 @@ class Inpaint(Hook):
         self._noise = noise.to(run.device, run.dtype) * keep
 
     def step(self, info: StepInfo) -> None:
-        alpha, sigma = Place(info.index, info.time, info.level).needed("Inpaint")
+        if self.clean_end and info.index == self._last:
+            alpha, sigma = 1.0, 0.0
+        else:
+            alpha, sigma = Place(info.index, info.time, info.level).needed("Inpaint")
         info.x.mul_(self._mask).add_(self._known, alpha=alpha)
         if sigma:
             info.x.add_(self._noise, alpha=sigma)

@@ -217,3 +217,30 @@ def pndm(
         prediction=kind if raw else "eps",
         description=f"PLMS, {kind} model, {mode}",
     )
+
+
+def pndm_part_way(
+    schedule: NoiseSchedule, grid: TimeGrid, start: int, *, prediction: str = "eps"
+) -> SolverTable:
+    """PLMS begun part of the way, as diffusers' pipelines do for image-to-image.
+
+    start: the place in diffusers' list of timesteps, t_0, t_1, t_1, t_2, ...: its first step is
+    redone with the second evaluation. A run that begins later evaluates no timestep twice, but
+    diffusers counts as if it did: the second evaluation redoes a step to where it is, and the third
+    is taken for the next.
+    """
+
+    def rows_after(place: int, offset: int) -> SolverTable:
+        """The table whose row ``offset`` is of the timestep at that place of the list."""
+        step = place if place < 2 else place - 1
+        step -= min(offset, 1)
+        return pndm(schedule, grid.from_step(step), prediction=prediction)
+
+    length = len(grid) + 1 if len(grid) > 1 else 1
+    first = rows_after(start, 0)
+    rows = list(first.rows[:1])
+    if start + 1 < length:
+        rows.append(rows_after(start + 1, 1).rows[1])
+    if start + 2 < length:
+        rows += rows_after(start + 2, 2).rows[2:]
+    return replace(first, rows=tuple(rows))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.solvers.adams import deis, lms, pndm
+from fastdiff.solvers.adams import deis, lms, pndm, pndm_part_way
 from fastdiff.solvers.ancestral import dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde
 from fastdiff.solvers.best_linear import best_linear
 from fastdiff.solvers.consistency import consistency, consistency_grid, lcm, lcm_grid, tcd
@@ -54,6 +54,8 @@ class Solver:
     final: the option that says where the last step goes, with its default: a spelling of
         "zero"/"sigma_min" or a truth value; None when it always goes to the clean sample.
     fixed: options of ``build`` that the name decides.
+    part_way: in parity mode, the table of a run that leaves out the grid's first steps, where it is
+        not that of the rest of the grid; ``part_way(schedule, grid, start, prediction=)``.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Solver:
     final: tuple[str, str | bool] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     own_spacing: bool = False
+    part_way: Callable[..., SolverTable] | None = None
 
     def __call__(self, schedule: NoiseSchedule, grid: TimeGrid, **options: Any) -> SolverTable:
         table = self.build(schedule, grid, **self.fixed, **options)
@@ -96,7 +99,12 @@ SOLVERS: dict[str, Solver] = {
     for solver in (
         Solver("ddpm", ddpm, "leading", "ddim"),
         Solver("ddim", ddim, "leading", "ddim", stride=True, final=(_ALPHA, True)),
-        Solver("pndm", pndm, "leading", "ddim", stride=True, final=(_ALPHA, False)),
+        Solver(
+            *("pndm", pndm, "leading", "ddim"),
+            stride=True,
+            final=(_ALPHA, False),
+            part_way=pndm_part_way,
+        ),
         _dpm("dpmpp_1", 1),
         _dpm("dpmpp_2m", 2),
         _dpm("dpmpp_3m", 3),
@@ -221,9 +229,12 @@ def make_table(
         )
     else:
         points = explicit_grid(schedule, grid, final=final)
-    if strength != 1:
-        points = points.from_step(start_of(len(points), strength))
-    table = chosen(schedule, points, prediction=prediction, mode=mode, **options)
+    start = start_of(len(points), strength) if strength != 1 else 0
+    if start and chosen.part_way is not None and mode == "parity":
+        table = chosen.part_way(schedule, points, start, prediction=prediction)
+    else:
+        points = points.from_step(start)
+        table = chosen(schedule, points, prediction=prediction, mode=mode, **options)
     if chosen.convention == "euler" and not points.name.startswith("leading"):
         # diffusers' init_noise_sigma: these classes start from the noise alone.
         sigma = float(schedule.marginal(points.lambdas[0])[1])

@@ -12,7 +12,7 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_pn
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.base import NoisyStep, PlainStep, TableStep, as_constant
-from fastdiff.solvers.adams import pndm
+from fastdiff.solvers.adams import pndm_part_way
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import VARIANCES, ddpm
 from fastdiff.solvers.grids import TimeGrid
@@ -141,28 +141,13 @@ class PNDMScheduler(PlainStep, TimestepList, diffusers.PNDMScheduler):
         return super()._unsupported()
 
     def _table(self, start: int) -> SolverTable:
-        # The list is t_0, t_1, t_1, t_2, ...: its first step is redone with the second evaluation.
+        # The list is t_0, t_1, t_1, t_2, ...
         listed = self.timesteps.double().cpu().numpy()
         times = np.delete(listed, 1) if len(listed) > 1 else listed
         grid = self._strided_grid(times, float(self.final_alpha_cumprod))
         grid = replace(grid, planned_steps=self.num_inference_steps)
         kind = self.config.prediction_type
-
-        def rows_after(place: int, offset: int) -> SolverTable:
-            """The table whose row ``offset`` is of the timestep at that place of the list."""
-            step = place if place < 2 else place - 1
-            step -= min(offset, 1)
-            return pndm(from_diffusers(self), grid.from_step(step), prediction=kind)
-
-        # A run that begins later evaluates no timestep twice, but diffusers counts as if it did:
-        # the second evaluation redoes a step to where it is, the third is taken for the next.
-        first = rows_after(start, 0)
-        rows = list(first.rows[:1])
-        if start + 1 < len(listed):
-            rows.append(rows_after(start + 1, 1).rows[1])
-        if start + 2 < len(listed):
-            rows += rows_after(start + 2, 2).rows[2:]
-        return replace(first, rows=tuple(rows))
+        return pndm_part_way(from_diffusers(self), grid, start, prediction=kind)
 
     def _index(self, timestep: Any) -> int:
         if self.counter == 0:
