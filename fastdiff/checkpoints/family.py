@@ -84,6 +84,7 @@ class Family:
         in folders of older versions of diffusers, and what they are now.
     from_diffusers: the configuration of a ``config.json``; ValueError naming the entry for what the
         module cannot do. to_diffusers: the ``config.json`` of a configuration.
+    role: what a model of the family is called in a pipeline.
     sampling: what ``Sampling`` is made of, where it is not the default; under the name of a
         configuration, a mapping with what is different for that one. Or a function of the
         configuration that returns such a mapping.
@@ -101,7 +102,15 @@ class Family:
     older: Mapping[str, str] = field(default_factory=dict)
     from_diffusers: Callable[[Mapping[str, Any]], Any] | None = None
     to_diffusers: Callable[[Any], dict[str, Any]] | None = None
+    role: str = "transformer"
     sampling: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+
+    def layout(self, name: str, config: Any) -> Layout | None:
+        """The layout called "official" or "diffusers"; None where it is the module's own names."""
+        make = self.official if name == "official" else self.diffusers
+        if make is None and name != "official":
+            raise ValueError(f"layout must be 'official' for {self.name}, got {name!r}")
+        return None if make is None else make(config)
 
     def config_name(self, config: Any) -> str | None:
         """The name of a public configuration, None for another one."""
