@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import transformer_cases as cases
 
-from fastdiff.models.dit import CONFIGS, DiT, DiTConfig, position_embedding
+from fastdiff.checkpoints.layouts.dit import FAMILY, diffusers
+from fastdiff.models.dit import CONFIGS, DiT, DiTConfig
+from fastdiff.models.transformer import position_embedding
 
 SMALL = DiTConfig(
     hidden_size=48, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=3, num_classes=7
@@ -23,54 +31,20 @@ def randomised(config: DiTConfig, dtype: torch.dtype) -> DiT:
     return model.to(dtype).eval()
 
 
-def to_diffusers(model: DiT, dtype: torch.dtype):
-    transformer = pytest.importorskip("diffusers").DiTTransformer2DModel
-    config = model.config
-    other = transformer(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        sample_size=config.input_size,
-        patch_size=config.patch_size,
-        num_embeds_ada_norm=config.num_classes,
-        norm_eps=1e-6,
-    )
-    ours = model.state_dict()
-    theirs = {
-        "pos_embed.proj.weight": ours["x_embedder.proj.weight"],
-        "pos_embed.proj.bias": ours["x_embedder.proj.bias"],
-    }
-    for kind in ("weight", "bias"):
-        theirs[f"proj_out_1.{kind}"] = ours[f"final_layer.adaLN_modulation.1.{kind}"]
-        theirs[f"proj_out_2.{kind}"] = ours[f"final_layer.linear.{kind}"]
-        for i in range(config.depth):
-            source, target = f"blocks.{i}", f"transformer_blocks.{i}"
-            for part, rows in zip("qkv", ours[f"{source}.attn.qkv.{kind}"].chunk(3), strict=True):
-                theirs[f"{target}.attn1.to_{part}.{kind}"] = rows
-            theirs[f"{target}.attn1.to_out.0.{kind}"] = ours[f"{source}.attn.proj.{kind}"]
-            theirs[f"{target}.ff.net.0.proj.{kind}"] = ours[f"{source}.mlp.fc1.{kind}"]
-            theirs[f"{target}.ff.net.2.{kind}"] = ours[f"{source}.mlp.fc2.{kind}"]
-            norm = f"{target}.norm1"
-            theirs[f"{norm}.linear.{kind}"] = ours[f"{source}.adaLN_modulation.1.{kind}"]
-            for ours_index, layer in ((0, "linear_1"), (2, "linear_2")):
-                theirs[f"{norm}.emb.timestep_embedder.{layer}.{kind}"] = ours[
-                    f"t_embedder.mlp.{ours_index}.{kind}"
-                ]
-    for i in range(config.depth):
-        theirs[f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"] = ours[
-            "y_embedder.embedding_table.weight"
-        ]
-    missing, unexpected = other.load_state_dict(theirs, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"pos_embed.pos_embed"}
-    other = other.to(dtype).eval()
-    # The position embedding stays diffusers' own, so that ours is compared with it. Its frequencies
-    # of the timestep are spread over 127 intervals; the paper's code has 128.
-    for block in other.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    return other
+def reference(entries: dict[str, Any]) -> torch.nn.Module:
+    return pytest.importorskip("diffusers").DiTTransformer2DModel(**entries)
+
+
+def to_diffusers(model: DiT, dtype: torch.dtype) -> torch.nn.Module:
+    entries = FAMILY.to_diffusers(model.config)
+    other = reference({k: v for k, v in entries.items() if k != "frequency_shift"})
+    # The position embedding stays diffusers' own, so that ours is compared with it.
+    other.load_state_dict(cases.written(diffusers(model.config), model.state_dict()))
+    if model.config.frequency_shift == 0:
+        # Its frequencies of the timestep are spread over 127 intervals; the paper's code has 128.
+        for block in other.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return other.to(dtype).eval()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 3e-7), (torch.float32, 5e-6)])
@@ -91,6 +65,123 @@ def test_agrees_with_diffusers(config: DiTConfig, dtype: torch.dtype, tolerance:
     assert ours.std() > 0.1
     # diffusers keeps its position embedding in float32, which bounds the float64 comparison.
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+FOLDER = replace(SMALL, frequency_shift=1.0, mlp_norm_eps=1e-5)
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        cases.random(5, 3, 8, 8, seed=1).to(dtype),
+        torch.tensor([0, 1, 499, 731, 999]),
+        torch.tensor([0, 1, 6, 7, 3]),
+    )
+
+
+@pytest.mark.parametrize("config", [SMALL, FOLDER], ids=["paper", "folder"])
+def test_outputs_are_those_of_diffusers(config: DiTConfig) -> None:
+    model = cases.randomise(DiT(config))
+
+    def right(other: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        x, t, y = inputs(dtype)
+        return other(x, timestep=t, class_labels=y).sample
+
+    other = to_diffusers(model, torch.float32)
+    cases.check_outputs(model, other, lambda m, dtype: m(*inputs(dtype)), right)
+
+
+def test_outputs_are_those_of_the_paper_s_code() -> None:
+    """facebookresearch/DiT, run once in float64: data/dit.json says how."""
+    golden = json.loads((Path(__file__).parent / "data/dit.json").read_text())
+    model = DiT(SMALL)
+    mine = {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert mine == golden["keys"]
+    cases.randomise(model).double()
+    x = cases.random(2, 3, 8, 8, seed=1).double()
+    # Both compute the timestep's embedding in float32, by different operations.
+    values = model(x, torch.tensor([731, 12]), torch.tensor([7, 3])).flatten()[::24]
+    torch.testing.assert_close(values.tolist(), golden["values"], rtol=2e-5, atol=2e-5)
+    with torch.device("meta"):
+        sizes = {name: DiT(CONFIGS[name]).state_dict().values() for name in golden["sizes"]}
+    counts = {n: [len(v), sum(t.numel() for t in v)] for n, v in sizes.items()}
+    assert counts == golden["sizes"]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "digits"])
+def test_names_and_shapes_of_both_layouts(name: str) -> None:
+    def made(entries: dict[str, Any]) -> torch.nn.Module:
+        return reference({k: v for k, v in entries.items() if k != "frequency_shift"})
+
+    config = CONFIGS[name]
+    entries = FAMILY.to_diffusers(config)
+    assert FAMILY.from_diffusers(entries) == config
+    folder = replace(config, frequency_shift=1.0, mlp_norm_eps=1e-5)
+    with torch.device("meta"):
+        ours, theirs = DiT(config), made(FAMILY.to_diffusers(folder))
+    state = {key: value.to("meta") for key, value in ours.state_dict().items()}
+    assert cases.shapes(cases.written(diffusers(config), state)) == cases.shapes(
+        theirs.state_dict()
+    )
+    assert FAMILY.from_diffusers(dict(theirs.config)) == folder
+    assert FAMILY.recognise(cases.shapes(state)) == config
+    # The position embedding is computed, on the CPU whatever the others are on.
+    assert not ours.pos_embed.is_meta
+    del state["pos_embed"]
+    assert FAMILY.recognise(cases.shapes(state)) == replace(config, input_size=32)
+
+
+def test_a_folder_whose_copies_differ_is_refused() -> None:
+    model = cases.randomise(DiT(SMALL))
+    layout, state = diffusers(SMALL), model.state_dict()
+    tensors = cases.written(layout, state)
+    found = cases.read(layout, tensors, state)
+    assert all(torch.equal(found[name], state[name]) for name in layout)
+    assert set(state) - set(layout) == {"pos_embed"}
+    key = "transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"
+    tensors[key] = tensors[key] + 1
+    with pytest.raises(ValueError, match=f"{key} must be a copy of transformer_blocks.0"):
+        cases.read(layout, tensors, state)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"norm_type": "ada_norm_single"}, "norm_type must be 'ada_norm_zero', got 'ada_norm_s"),
+        ({"out_channels": 5}, "out_channels must be 4 or 8, got 5"),
+        ({"caption_channels": 4096}, "caption_channels must be off"),
+        ({"upcast_attention": True}, "upcast_attention must be off"),
+    ],
+)
+def test_bad_entries(entries: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FAMILY.from_diffusers({"_class_name": "Transformer2DModel", "dropout": 0.0, **entries})
+
+
+def test_other_files_are_not_recognised() -> None:
+    assert FAMILY.recognise({}) is None
+    shapes = cases.shapes(DiT(SMALL).state_dict())
+    assert FAMILY.recognise(shapes) is None
+
+
+def test_programs() -> None:
+    model = cases.randomise(DiT(SMALL))
+    x, _, y = inputs(torch.float32)
+    steps = torch.tensor([[999.0, 500.5, 3.0, 1.0, 0.0], [10.0, 20.0, 30.0, 40.0, 50.0]])
+    cases.check_programs(model, x, steps, y)
+    prompt = model.prompt(y)
+    with pytest.raises(ValueError, match=r"t must have shape \[S, 5\], got \[2, 4\]"):
+        model.schedule(steps[:, :4], prompt)
+    with pytest.raises(ValueError, match=r"x must have shape \[5, 3, 8, 8\], got \[4, 3, 8, 8\]"):
+        model.step(x[:4], model.schedule(steps[0], prompt), prompt)
+
+
+def test_compiled() -> None:
+    cases.check_compiled(cases.randomise(DiT(SMALL)), inputs)
+
+
+def test_gradients() -> None:
+    model = cases.randomise(DiT(SMALL))
+    cases.check_gradients(model, inputs(torch.float32), without=("pos_embed",))
 
 
 def test_names_of_the_public_checkpoints() -> None:
@@ -167,11 +258,11 @@ def test_bad_input(change: dict[str, torch.Tensor], message: str) -> None:
         ({"patch_size": 3}, "input_size must be a multiple of patch_size 3, got 8"),
         ({"hidden_size": 50, "num_heads": 2}, "hidden_size must be a multiple of .* of 4, got 50"),
         ({"mlp_ratio": -1}, "mlp_ratio must be a positive number, got -1"),
+        ({"mlp_norm_eps": 0}, "mlp_norm_eps must be a positive number, got 0"),
+        ({"frequency_shift": 128}, "frequency_shift must be in 0..127, got 128"),
     ],
 )
 def test_bad_config(change: dict[str, int], message: str) -> None:
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **change)
 
