@@ -42,6 +42,15 @@ class Differences:
             *self.wrong,
         ]
 
+    def refuse(self, checkpoint: Checkpoint) -> None:
+        """ValueError with all of them, where there are any."""
+        if self:
+            listed = "\n  ".join(self.lines())
+            raise ValueError(
+                f"{checkpoint.path} must hold the tensors of its configuration, got {len(self)} "
+                f"difference{'s' if len(self) > 1 else ''}:\n  {listed}"
+            )
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """ " (did you mean ...?)" with the known names closest to ``word``, or nothing."""
@@ -157,13 +166,7 @@ def assign(
     Raises ValueError with everything that differs, before anything is read or changed; what goes
     wrong while reading leaves the module as it was, too.
     """
-    found = differences(module, checkpoint, layout, optional)
-    if found:
-        listed = "\n  ".join(found.lines())
-        raise ValueError(
-            f"{checkpoint.path} must hold the tensors of its configuration, got {len(found)} "
-            f"difference{'s' if len(found) > 1 else ''}:\n  {listed}"
-        )
+    differences(module, checkpoint, layout, optional).refuse(checkpoint)
     layout = identity(module) if layout is None else layout
     place = torch.device("cpu" if device is None else device)
     jobs: dict[int, _Job] = {}
@@ -214,6 +217,11 @@ class _Job:
         return value.clone() if stays else value
 
 
+def window_of(checkpoint: Checkpoint) -> int:
+    """After how many bytes read the mapping is dropped."""
+    return min(WINDOW, max(checkpoint.nbytes // 16, 2**24))
+
+
 def _stream(
     jobs: Mapping[int, _Job], checkpoint: Checkpoint, place: torch.device, progress: bool
 ) -> dict[int, Tensor]:
@@ -221,7 +229,7 @@ def _stream(
     from tqdm import tqdm
 
     placed: dict[int, Tensor] = {}
-    window = min(WINDOW, max(checkpoint.nbytes // 16, 2**24))
+    window = window_of(checkpoint)
     held = 0
     checkpoint.release()
     with tqdm(

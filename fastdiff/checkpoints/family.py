@@ -25,11 +25,14 @@ class Source:
     * "rows": several, one behind the other along dimension 0 (Q, K and V of a fused projection);
       sizes: the rows of each, equal ones when not given;
     * "swap": the two halves of dimension 0 exchanged (scale and shift of a last modulation).
+
+    flat: the file is written without our last dimensions of 1 (a linear layer there).
     """
 
     keys: tuple[str, ...]
     how: str = "same"
     sizes: tuple[int, ...] = ()
+    flat: bool = False
 
     def shapes(self, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shape of each of the file's tensors, up to dimensions of 1."""
@@ -50,12 +53,14 @@ class Source:
         return tensor.reshape(shape)
 
     def write(self, ours: Tensor) -> dict[str, Tensor]:
-        """The file's tensors from our parameter (dimensions of 1 are the caller's)."""
+        """The file's tensors from our parameter."""
+        while self.flat and ours.dim() > 1 and ours.shape[-1] == 1:
+            ours = ours.squeeze(-1)
         if self.how == "rows":
             rows = self._rows(tuple(ours.shape))
             return dict(zip(self.keys, ours.split(rows), strict=True))
         if self.how == "swap":
-            return {self.keys[0]: torch.cat(ours.chunk(2)[::-1])}
+            ours = torch.cat(ours.chunk(2)[::-1])
         return dict.fromkeys(self.keys, ours)
 
     def _rows(self, ours: tuple[int, ...]) -> list[int]:
