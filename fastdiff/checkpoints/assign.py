@@ -180,12 +180,14 @@ def assign(
 
 @dataclass(frozen=True)
 class _Job:
-    """One parameter: where it is, what becomes of it, and whether it can stay a view."""
+    """One parameter: where it is, what becomes of it, whether it is a slice of the file, and
+    whether it stays one."""
 
     source: Source
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
+    sliced: bool
     view: bool
 
     @classmethod
@@ -201,20 +203,24 @@ class _Job:
         entries = [checkpoint.entries[key] for key in source.keys]
         theirs = entries[0].dtype
         wanted = theirs if dtype is None or not theirs.is_floating_point else dtype
-        same = source.how == "same" and len(entries) == 1 and wanted == theirs
+        sliced = source.how in ("same", "part") and len(entries) == 1
         nbytes = sum(entry.nbytes for entry in entries)
-        view = mapped and same and place.type == "cpu"
-        return cls(source, tuple(ours.shape), wanted, nbytes, view)
+        if source.how == "part":
+            nbytes = nbytes // source.sizes[2] * (source.sizes[1] - source.sizes[0])
+        view = mapped and sliced and wanted == theirs and place.type == "cpu"
+        return cls(source, tuple(ours.shape), wanted, nbytes, sliced, view)
 
     def make(self, checkpoint: Checkpoint, place: torch.device) -> Tensor:
         tensors = [checkpoint.tensor(key) for key in self.source.keys]
+        if not self.sliced:
+            # On the way to a device the file's own precision travels, and is converted there.
+            moved = [tensor.to(place).to(self.dtype) for tensor in tensors]
+            return self.source.read(moved, self.shape).contiguous()
+        value = self.source.read(tensors, self.shape)
         if self.view:
-            return self.source.read(tensors, self.shape)
-        # On the way to a device the file's own precision travels, and is converted there.
-        moved = [tensor.to(place).to(self.dtype) for tensor in tensors]
-        value = self.source.read(moved, self.shape)
-        stays = value.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
-        return value.clone() if stays else value
+            return value
+        moved_value = value.to(place).to(self.dtype)
+        return moved_value.clone() if moved_value is value else moved_value
 
 
 def window_of(checkpoint: Checkpoint) -> int:

@@ -98,15 +98,20 @@ class _Rewritten:
         self.write = layout or identity(module)
         self.held = 0
         self.made: tuple[str, dict[str, Tensor]] = ("", {})
-        self.owner: dict[str, tuple[str, str]] = {}  # new name -> our name, name in the layout
+        # New name -> its name in the layout and ours; several of ours where they are its rows.
+        self.owners: dict[str, tuple[str, list[str]]] = {}
         self.about: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name in self.state:
             source = self.write.get(name)
             if source is None or not self._known(name):
                 continue
             for key, value in source.write(self._blank(name)).items():
-                self.owner[prefix + key] = (name, key)
-                self.about[prefix + key] = (value.dtype, tuple(value.shape))
+                rows = source.sizes[2] if source.how == "part" else None
+                shape = tuple(value.shape) if rows is None else (rows, *value.shape[1:])
+                self.owners.setdefault(prefix + key, (key, []))[1].append(name)
+                self.about[prefix + key] = (value.dtype, shape)
+        for _, ours in self.owners.values():
+            ours.sort(key=lambda name: self.write[name].sizes[:1])
 
     def _known(self, name: str) -> bool:
         return self._read_from(name) is not None or not self.state[name].is_meta
@@ -125,21 +130,23 @@ class _Rewritten:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a new name, its parameter read from the file."""
-        ours, key = self.owner[name]
-        if self.made[0] != ours:
-            if self.held > window_of(self.part.checkpoint):
-                self.part.checkpoint.release()
-                self.held = 0
+        key, ours = self.owners[name]
+        if self.write[ours[0]].how == "part":
+            return torch.cat([self._value(one).to(self.about[name][0]) for one in ours])
+        if self.made[0] != ours[0]:
             self.made = ("", {})
-            value = self._value(ours).to(self.about[name][0])
-            self.held += value.nbytes
-            self.made = (ours, self.write[ours].write(value))
+            value = self._value(ours[0]).to(self.about[name][0])
+            self.made = (ours[0], self.write[ours[0]].write(value))
         return self.made[1][key]
 
     def _value(self, name: str) -> Tensor:
         source = self._read_from(name)
         if source is None:
             return self.state[name]
+        if self.held > window_of(self.part.checkpoint):
+            self.part.checkpoint.release()
+            self.held = 0
+        self.held += sum(self.part.checkpoint.entries[key].nbytes for key in source.keys)
         tensors = [self.part.checkpoint.tensor(key) for key in source.keys]
         return source.read(tensors, tuple(self.state[name].shape))
 

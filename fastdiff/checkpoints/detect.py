@@ -36,7 +36,14 @@ ROLES_BY_PREFIX = (
     ("text_encoders.clip_g.", "text_encoder_2"),
     ("text_encoders.t5xxl.", "text_encoder_3"),
 )
-ROLES = {"unet": "unet", "controlnet": "controlnet", "autoencoder": "vae"}
+ROLES = {
+    **dict.fromkeys(("unet", "edm", "edm2"), "unet"),
+    "controlnet": "controlnet",
+    "autoencoder": "vae",
+    **dict.fromkeys(("clip", "clip_sd3_l", "openclip_h"), "text_encoder"),
+    **dict.fromkeys(("clip_sd3_g", "openclip_g"), "text_encoder_2"),
+    "t5": "text_encoder_3",
+}
 # What training leaves in a single file besides the model.
 LEFTOVERS = (
     "model_ema.*",
@@ -53,7 +60,10 @@ LEFTOVERS = (
     "scale_factor",
     "global_step",
     "denoiser.sigmas",
+    "*.logit_scale",
 )
+# What an autoencoder's tensors do not tell.
+SCALE = ("scaling", "shift", "force_upcast", "sample_size")
 # Folders of a pipeline that must be models of the zoo.
 NEEDED = ("unet", "transformer", "prior", "vae", "text_encoder", "controlnet")
 
@@ -183,11 +193,11 @@ def _component(folder: Path, variant: str | None) -> Component:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} must be a {name} of this version, got: {text}") from error
-    role = _role(family, "")
-    older = {old: new for old, new in family.older.items() if old not in ("", new)}
-    if older:
-        checkpoint = checkpoint.part({_renewed(key, older): key for key in checkpoint})
-    return Component(role, family, config, "diffusers", checkpoint)
+    renewed = {_renewed(key, family.older): key for key in checkpoint}
+    if len(renewed) < len(checkpoint):
+        twice = sorted(set(checkpoint) - set(renewed.values()))
+        raise ValueError(f"{checkpoint.path} must have each tensor once, got also {twice[0]}")
+    return Component(_role(family, ""), family, config, "diffusers", checkpoint.part(renewed))
 
 
 def _check_counts(entries: Mapping[str, Any], tensors: int) -> None:
@@ -200,7 +210,9 @@ def _check_counts(entries: Mapping[str, Any], tensors: int) -> None:
 
 
 def _renewed(name: str, older: Mapping[str, str]) -> str:
-    return ".".join(older.get(part, part) for part in name.split("."))
+    """A name of another version of diffusers, in this one's."""
+    parts = (older.get(part, part) for part in name.split("."))
+    return ".".join(part for part in parts if part) if older else name
 
 
 def _single_file(path: Path, checkpoint: Checkpoint) -> Description:
@@ -225,7 +237,25 @@ def _single_file(path: Path, checkpoint: Checkpoint) -> Description:
                     del left[name]
                 break
     problems = tuple(f"unknown {name}" for name in left)
+    components = _with_scale(components)
     return Description(path, "file", components, ignored=tuple(ignored), problems=problems)
+
+
+def _with_scale(components: dict[str, Component]) -> dict[str, Component]:
+    """An autoencoder beside a denoiser has the latents' scale that the denoiser was trained with.
+
+    No shape tells it: the tensors of SD1's and of SDXL's autoencoder are alike, SD3's and FLUX's.
+    """
+    vae = components.get("vae")
+    denoiser = components.get("unet") or components.get("transformer")
+    if vae is None or denoiser is None:
+        return components
+    kind = {"mmdit": "sd3", "flux": "flux"}.get(denoiser.family.name, "sd1")
+    if getattr(denoiser.config, "vector_dim", None):
+        kind = "sdxl"
+    known = vae.family.configs[kind]
+    scale = {name: getattr(known, name) for name in SCALE}
+    return {**components, "vae": replace(vae, config=replace(vae.config, **scale))}
 
 
 def _recognise(family: Family, part: Checkpoint) -> Any:
@@ -237,7 +267,7 @@ def _recognise(family: Family, part: Checkpoint) -> Any:
 
 def _role(family: Family, prefix: str) -> str:
     by_prefix = next((role for start, role in ROLES_BY_PREFIX if prefix.startswith(start)), None)
-    return by_prefix or ROLES.get(family.name) or family.role
+    return by_prefix or ROLES.get(family.name, "transformer")
 
 
 def _family_of(class_name: Any) -> Family | None:

@@ -30,11 +30,14 @@ class Source:
     * "transposed": the one matrix, transposed;
     * "eye": the identity, of the dtype of the one tensor, a vector of as many elements: for a
       matrix that is in no file.
+
+    flat: the file is written without our last dimensions of 1 (a linear layer there).
     """
 
     keys: tuple[str, ...]
     how: str = "same"
     sizes: tuple[int, ...] = ()
+    flat: bool = False
 
     def shapes(self, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shape of each of the file's tensors, up to dimensions of 1."""
@@ -65,19 +68,21 @@ class Source:
         return tensor.reshape(shape)
 
     def write(self, ours: Tensor) -> dict[str, Tensor]:
-        """The file's tensors from our parameter (dimensions of 1 are the caller's).
+        """The file's tensors from our parameter.
 
         Of "part" it is the part alone: see :func:`written`.
         """
-        if self.how == "transposed":
-            return {self.keys[0]: ours.t()}
         if self.how == "eye":
             return {}
+        if self.how == "transposed":
+            ours = ours.t()
+        while self.flat and ours.dim() > 1 and ours.shape[-1] == 1:
+            ours = ours.squeeze(-1)
         if self.how == "rows":
             rows = self._rows(tuple(ours.shape))
             return dict(zip(self.keys, ours.split(rows), strict=True))
         if self.how == "swap":
-            return {self.keys[0]: torch.cat(ours.chunk(2)[::-1])}
+            ours = torch.cat(ours.chunk(2)[::-1])
         return dict.fromkeys(self.keys, ours)
 
     def _rows(self, ours: tuple[int, ...]) -> list[int]:
@@ -90,7 +95,7 @@ Layout = Mapping[str, Source]
 
 
 def written(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors in ``layout`` from our parameters (dimensions of 1 are the caller's)."""
+    """A file's tensors in ``layout`` from our parameters."""
     file: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, source in layout.items():
@@ -137,6 +142,13 @@ class Family:
     from_diffusers: Callable[[Mapping[str, Any]], Any] | None = None
     to_diffusers: Callable[[Any], dict[str, Any]] | None = None
     sampling: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+
+    def layout(self, name: str, config: Any) -> Layout | None:
+        """The layout called "official" or "diffusers"; None where it is the module's own names."""
+        make = self.official if name == "official" else self.diffusers
+        if make is None and name != "official":
+            raise ValueError(f"layout must be 'official' for {self.name}, got {name!r}")
+        return None if make is None else make(config)
 
     def config_name(self, config: Any) -> str | None:
         """The name of a public configuration, None for another one."""
