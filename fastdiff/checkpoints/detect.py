@@ -64,6 +64,7 @@ LEFTOVERS = (
 )
 # What an autoencoder's tensors do not tell.
 SCALE = ("scaling", "shift", "force_upcast", "sample_size")
+LARGEST = 2**20  # of the numbers in a config.json
 # Folders of a pipeline that must be models of the zoo.
 NEEDED = ("unet", "transformer", "prior", "vae", "text_encoder", "controlnet")
 
@@ -85,8 +86,14 @@ class Component:
     sampling: Sampling | None = None
 
     def build(self) -> nn.Module:
-        """The module without its weights."""
-        return build_empty(self.family.build, self.config)
+        """The module without its weights; ValueError for sizes that no module can have."""
+        try:
+            return build_empty(self.family.build, self.config)
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"{self.checkpoint.path} must be of a {self.family.name} that can be built, got "
+                f"{self.config}: {error}"
+            ) from error
 
     def sources(self) -> Layout | None:
         """Where the module's parameters are in the checkpoint; None: under their own names."""
@@ -167,6 +174,8 @@ def _pipeline(folder: Path, variant: str | None) -> Description:
             problems.append(f"{INDEX}: {name} must be one of {_known_classes()}, got {value[1]}")
         else:
             others[name] = place
+    if not components and not problems:
+        problems.append(f"{INDEX}: it must name a model, got {', '.join(index)}")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     entries = read_json(scheduler, "a scheduler's configuration") if scheduler.exists() else {}
     return Description(
@@ -201,12 +210,13 @@ def _component(folder: Path, variant: str | None) -> Component:
 
 
 def _check_counts(entries: Mapping[str, Any], tensors: int) -> None:
-    """A model has not more layers than its file has tensors: a check before any is built."""
+    """A model has not more layers than its file has tensors, nor sizes of millions: a check before
+    anything is built of them."""
     for name, value in entries.items():
-        counts = value if isinstance(value, list) else [value]
-        for count in counts:
-            if "layers" in name and isinstance(count, int) and count > tensors:
-                raise ValueError(f"{name} must be at most {tensors}, the tensors, got {count}")
+        most = tensors if "layers" in name else LARGEST
+        for count in value if isinstance(value, list) else [value]:
+            if isinstance(count, int) and count > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
 
 
 def _renewed(name: str, older: Mapping[str, str]) -> str:
