@@ -23,8 +23,8 @@ from fastdiff._version import __version__
 
 if TYPE_CHECKING:
     from fastdiff import models, ops, sampling, solvers
+    from fastdiff.checkpoints.load import load
     from fastdiff.compiler import compile, report, uncompile
-    from fastdiff.models import load
     from fastdiff.sampling import sample
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 # name -> (module, attribute of it or None for the module itself); resolved on first use.
 _LAZY: dict[str, tuple[str, str | None]] = {
     "compile": ("fastdiff.compiler", "compile"),
-    "load": ("fastdiff.models", "load"),
+    "load": ("fastdiff.checkpoints.load", "load"),
     "models": ("fastdiff.models", None),
     "report": ("fastdiff.compiler", "report"),
     "sample": ("fastdiff.sampling", "sample"),

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff sample``, ``evaluate``, ``solvers``, ``doctor``.
+"""The command line: ``fastdiff sample``, ``evaluate``, ``inspect``, ``convert``, ``solvers``, ...
 
 Exit codes: 0 done, 1 something failed or a bar was missed, 2 a wrong argument, 130 Ctrl-C.
 PyTorch is imported by the command that needs it, so help and wrong arguments answer at once.
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   fastdiff sample --labels 3,1,4 --rows 1 --seed 7 --out pi.png
   fastdiff sample --solver ddim --steps 50 --guidance-scale 2
   fastdiff evaluate                        quality of 1,000 samples against real digits
+  fastdiff inspect model.safetensors       what a checkpoint is, and whether it is complete
   fastdiff solvers plot                    how exact each solver is, in solvers.png
   fastdiff doctor                          what works on this machine
 """
@@ -74,6 +75,7 @@ def _labels(text: str) -> list[int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; ``args.run(args)`` returns the exit code."""
+    from fastdiff.cli_checkpoints import add_checkpoint_commands
     from fastdiff.cli_solvers import add_solvers_command
     from fastdiff.environment import add_doctor_command
 
@@ -127,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=run_evaluate)
 
     add_solvers_command(commands, _integer)
+    add_checkpoint_commands(commands)
     add_doctor_command(commands)
     return parser
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from fastdiff.models.weights import write_atomically
+from fastdiff.checkpoints.writing import write_atomically
 
 MARGIN = 4  # pixels between the cells of a grid and around it
 CAPTION = 16  # pixels above each column for its label

@@ -42,6 +42,15 @@ class Differences:
             *self.wrong,
         ]
 
+    def refuse(self, checkpoint: Checkpoint) -> None:
+        """ValueError with all of them, where there are any."""
+        if self:
+            listed = "\n  ".join(self.lines())
+            raise ValueError(
+                f"{checkpoint.path} must hold the tensors of its configuration, got {len(self)} "
+                f"difference{'s' if len(self) > 1 else ''}:\n  {listed}"
+            )
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """ " (did you mean ...?)" with the known names closest to ``word``, or nothing."""
@@ -157,13 +166,7 @@ def assign(
     Raises ValueError with everything that differs, before anything is read or changed; what goes
     wrong while reading leaves the module as it was, too.
     """
-    found = differences(module, checkpoint, layout, optional)
-    if found:
-        listed = "\n  ".join(found.lines())
-        raise ValueError(
-            f"{checkpoint.path} must hold the tensors of its configuration, got {len(found)} "
-            f"difference{'s' if len(found) > 1 else ''}:\n  {listed}"
-        )
+    differences(module, checkpoint, layout, optional).refuse(checkpoint)
     layout = identity(module) if layout is None else layout
     place = torch.device("cpu" if device is None else device)
     jobs: dict[int, _Job] = {}
@@ -177,12 +180,14 @@ def assign(
 
 @dataclass(frozen=True)
 class _Job:
-    """One parameter: where it is, what becomes of it, and whether it can stay a view."""
+    """One parameter: where it is, what becomes of it, whether it is a slice of the file, and
+    whether it stays one."""
 
     source: Source
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
+    sliced: bool
     view: bool
 
     @classmethod
@@ -198,20 +203,29 @@ class _Job:
         entries = [checkpoint.entries[key] for key in source.keys]
         theirs = entries[0].dtype
         wanted = theirs if dtype is None or not theirs.is_floating_point else dtype
-        same = source.how == "same" and len(entries) == 1 and wanted == theirs
+        sliced = source.how in ("same", "part") and len(entries) == 1
         nbytes = sum(entry.nbytes for entry in entries)
-        view = mapped and same and place.type == "cpu"
-        return cls(source, tuple(ours.shape), wanted, nbytes, view)
+        if source.how == "part":
+            nbytes = nbytes // source.sizes[2] * (source.sizes[1] - source.sizes[0])
+        view = mapped and sliced and wanted == theirs and place.type == "cpu"
+        return cls(source, tuple(ours.shape), wanted, nbytes, sliced, view)
 
     def make(self, checkpoint: Checkpoint, place: torch.device) -> Tensor:
         tensors = [checkpoint.tensor(key) for key in self.source.keys]
+        if not self.sliced:
+            # On the way to a device the file's own precision travels, and is converted there.
+            moved = [tensor.to(place).to(self.dtype) for tensor in tensors]
+            return self.source.read(moved, self.shape).contiguous()
+        value = self.source.read(tensors, self.shape)
         if self.view:
-            return self.source.read(tensors, self.shape)
-        # On the way to a device the file's own precision travels, and is converted there.
-        moved = [tensor.to(place).to(self.dtype) for tensor in tensors]
-        value = self.source.read(moved, self.shape)
-        stays = value.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
-        return value.clone() if stays else value
+            return value
+        moved_value = value.to(place).to(self.dtype)
+        return moved_value.clone() if moved_value is value else moved_value
+
+
+def window_of(checkpoint: Checkpoint) -> int:
+    """After how many bytes read the mapping is dropped."""
+    return min(WINDOW, max(checkpoint.nbytes // 16, 2**24))
 
 
 def _stream(
@@ -221,7 +235,7 @@ def _stream(
     from tqdm import tqdm
 
     placed: dict[int, Tensor] = {}
-    window = min(WINDOW, max(checkpoint.nbytes // 16, 2**24))
+    window = window_of(checkpoint)
     held = 0
     checkpoint.release()
     with tqdm(

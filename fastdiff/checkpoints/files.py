@@ -101,6 +101,9 @@ class Checkpoint:
         entries = {new: self.entries[old] for new, old in names.items()}
         return Checkpoint(self.path, entries, self.metadata)
 
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
+
     def tensor(self, name: str) -> Tensor:
         """The tensor, a view of the mapped file on the CPU; KeyError for an unknown name.
 

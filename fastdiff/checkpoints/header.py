@@ -162,6 +162,8 @@ def _entries(path: Path, table: dict[str, Any], room: int) -> dict[str, Entry]:
         nbytes = prod(shape) * dtype.itemsize
         if end - begin != nbytes:
             raise _Wrong(f"{name} has {end - begin:,} bytes, its shape and dtype {nbytes:,}")
+        if not nbytes and max(shape, default=0) > room:
+            raise _Wrong(f"{name} has no bytes, and a size of {max(shape):,}")
         entries[name] = Entry(path, name, dtype, shape, nbytes)
         spans.append((begin, end, name))
     place = 0

@@ -1,4 +1,5 @@
-"""Taking out of a graph what computes nothing: it hides the patterns that fusion looks for."""
+"""Before fusion: removes what computes nothing, which hides the patterns that fusion looks for; the
+calls of our ops in the model's own code become those that passes make."""
 
 from __future__ import annotations
 
@@ -8,15 +9,20 @@ import torch
 from torch import fx
 
 from fastdiff.compiler.graph import argument, calls, is_tensor, name_of, replace, value_of
+from fastdiff.ops import OPS
 
 _SHAPE_OPS = ("view", "reshape", "expand")
 _CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+_OURS = {op.name for op in OPS}
 
 
 def tidy(graph: fx.Graph) -> int:
     """Removes no-ops; returns how many. The graph has no in-place operations."""
     count = 0
     for node in list(graph.nodes):
+        if isinstance(node.target, torch._ops.OpOverloadPacket) and name_of(node) in _OURS:
+            node.target = node.target.default
         if node.op not in ("call_function", "call_method") or not node.args:
             continue
         source = node.args[0]

@@ -161,7 +161,7 @@ class DiTBlock(nn.Module):
         """modulation: [B, 6 D], of ``adaLN_modulation``."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
         x = ops.gate_residual(x, self.attn(modulate(x, shift, scale)), gate)
-        normed = modulate(x, mlp_shift, mlp_scale, self.mlp_eps)
+        normed = modulate(x, mlp_shift, mlp_scale, eps=self.mlp_eps)
         return ops.gate_residual(x, self.mlp(normed), mlp_gate)
 
 

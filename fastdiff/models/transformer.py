@@ -18,7 +18,7 @@ from fastdiff.models.layers import sinusoid
 NORM_EPS = 1e-6
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = NORM_EPS) -> Tensor:
     """LayerNorm without parameters, then ``(1 + scale) x + shift``; x [B, ..., D], rows [B, D]."""
     return ops.layer_norm_modulate(x, scale, shift, eps=eps)
 
@@ -50,15 +50,18 @@ def position_embedding(
     each token). They are float32 as where models were trained; float64 inside, float32 out, on the
     CPU.
     """
+    columns = rows if columns is None else columns
     quarter = hidden_size // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    places = []
-    for count in (rows, rows if columns is None else columns):
+
+    def along(count: int) -> Tensor:
         place = torch.arange(count, dtype=torch.float32, device="cpu")
-        places.append(place if base is None else place / (count / base))
-    row, column = torch.meshgrid(*places, indexing="ij")
-    angles = [coordinate.reshape(-1, 1) * omega for coordinate in (column, row)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()
+        angles = (place if base is None else place / (count / base))[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+    row, column = along(rows)[:, None], along(columns)[None]
+    halves = [half.expand(rows, columns, -1) for half in (column, row)]
+    return torch.cat(halves, dim=-1).view(1, rows * columns, -1)
 
 
 class PatchEmbed(nn.Module):

@@ -462,7 +462,6 @@ def test_what_the_op_cannot_fold_stays_outside(form):
 COUNTS = {
     "unet": (12, 12), "sdxl": (24, 24), "scale_shift": (4, 4), "controlnet": (4, 4),
     "autoencoder": (2, 2), "dit": (2, 2), "sd3": (2, 4), "flux": (2, 3), "pixart": (4, 4),
-    "zoo_dit": (4, 0),
 }  # fmt: skip
 
 

@@ -22,7 +22,6 @@ MODULES = (
     "flux",
     "video_dit",
     "edm",
-    "edm2",
 )
 
 

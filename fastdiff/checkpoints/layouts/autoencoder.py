@@ -46,7 +46,7 @@ def diffusers(config: AutoencoderConfig) -> Layout:
         )
         for pattern, part in _PARTS:
             theirs = re.sub(pattern, part, theirs)
-        layout[name] = Source((theirs,))
+        layout[name] = Source((theirs,), flat=".attentions." in theirs)
     return layout
 
 
