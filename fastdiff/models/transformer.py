@@ -23,6 +23,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = NORM_EPS) 
     return ops.layer_norm_modulate(x, scale, shift, eps=eps)
 
 
+def feed_forward(
+    x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor, *, eps: float = NORM_EPS
+) -> Tensor:
+    """``x + gate * mlp(modulate(x))``."""
+    return ops.gate_residual(x, mlp(modulate(x, shift, scale, eps=eps)), gate)
+
+
 def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
     """A fused projection [B, T, parts * D] as views [B, T, H, D / H], one for each part."""
     return qkv.unflatten(-1, (parts, num_heads, -1)).unbind(2)

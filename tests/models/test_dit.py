@@ -217,7 +217,8 @@ def test_starts_as_zero_and_blocks_as_identity() -> None:
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.5, 900.25]), torch.tensor([0, 7])
     assert (model(x, t, y) == 0).all()
     tokens = torch.randn(2, 16, 48)
-    assert torch.equal(model.blocks[0](tokens, torch.randn(2, 48)), tokens)
+    modulation = model.blocks[0].adaLN_modulation(torch.randn(2, 48))
+    assert torch.equal(model.blocks[0](tokens, modulation), tokens)
 
 
 def test_position_embedding_tells_rows_from_columns() -> None:
