@@ -28,6 +28,7 @@ def load(
     prediction: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    tokenizers: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Any:
     """A model with its weights, or a pipeline of several; in eval mode, without gradients.
@@ -46,6 +47,8 @@ def load(
     prediction: what the model predicts, where the file does not say (a single file of Stable
         Diffusion 2 looks alike for "eps" and "v").
     variant: of the files in folders, as "fp16". revision: of a repository.
+    tokenizers: a folder with a pipeline's tokenizers, for single files, which hold none; see
+        :func:`fastdiff.pipelines.assemble`.
     progress: bars, in bytes.
 
     ``.sampling`` of a denoiser says how to use it (``fastdiff.models.Sampling``).
@@ -68,10 +71,9 @@ def load(
     }
     if len(made) == 1 and (component is not None or found.kind != "pipeline"):
         return next(iter(made.values()))
-    from fastdiff import pipelines
+    from fastdiff.pipelines.assemble import assemble
 
-    assemble = getattr(pipelines, "assemble", None)
-    return made if assemble is None else assemble(made, found)
+    return assemble(made, found, tokenizers=tokenizers)
 
 
 def _choose(found: Description, component: str | None) -> dict[str, Component]:

@@ -117,6 +117,8 @@ class Job:
             if image is None:
                 raise ValueError("image must be given with a mask, got None")
             mask = _batched("mask", pictures.to_mask(mask, size), count)
+        if mask is None and pipe.inpaints:
+            raise ValueError("image and mask must be given for an inpainting model, got none")
         if strength is None:
             strength = 1.0 if mask is not None or image is None else 0.8
         if image is None and strength != 1:
@@ -257,7 +259,8 @@ def _prompts(
             raise ValueError(f"images_per_prompt must be 1 when cond is given, got {each}")
         return [None] * counts.pop(), None
     if pipe.conditioner is None:
-        raise ValueError("cond must be given for a pipeline without text encoders, got None")
+        needed = f"; prompts need {pipe.missing}" if pipe.missing else ""
+        raise ValueError(f"cond must be given for a pipeline without text encoders{needed}")
     single = isinstance(prompt, (str, int)) or prompt is None
     prompts = ["" if prompt is None else prompt] if single else list(prompt)
     if not prompts:

@@ -7,7 +7,7 @@ that with the same ``generator``, weights and solver the latents are theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,9 @@ class Pipeline:
 
     denoiser: a model of the zoo. autoencoder: an AutoencoderKL, or None for models of pixels.
     conditioner: prompts to the denoiser's arguments. recipe: how the weights are sampled.
-    name: of the weights, for the settings in the PNG.
+    name: of the weights, for the settings in the PNG. missing: what prompts need and is not there,
+    where there is no conditioner. controlnets: those that came with the weights; a call is given
+    them as :class:`Control`.
     """
 
     def __init__(
@@ -92,11 +94,14 @@ class Pipeline:
         defaults: Defaults | None = None,
         *,
         name: str = "",
+        missing: str = "",
+        controlnets: Sequence[Any] = (),
     ) -> None:
         self.denoiser, self.autoencoder = denoiser, autoencoder
         self.conditioner, self.recipe = conditioner, recipe
         self.defaults = defaults or Defaults()
-        self.name = name
+        self.name, self.missing = name, missing
+        self.controlnets = list(controlnets)
         self._wrapped: dict[Any, nn.Module] = {}
         self._options: dict[str, Any] | None = None
 
@@ -194,7 +199,7 @@ class Pipeline:
             model, cond, uncond = self._controlled(job, cond, uncond)
             hooks += scales_of(model, job.control, len(job.table))
         inpaints = job.mask is not None
-        extra_channels = inpaints and self._takes_extra(shape[1] + 1)
+        extra_channels = inpaints and self.inpaints
         known = None
         if job.image is not None and not (extra_channels and job.strength == 1):
             known = self.encode(job.image, job)
@@ -245,10 +250,11 @@ class Pipeline:
         assert level is not None
         return known.to(z.dtype) * level[0] + z * level[1]
 
-    def _takes_extra(self, channels: int) -> bool:
-        """Whether the denoiser wants so many channels besides the state's."""
-        wanted = getattr(self.denoiser.config, "in_channels", 0)
-        return bool(wanted == self.shape(1, self.defaults.size)[1] + channels)
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser is given a mask and the masked latents, besides the state."""
+        state = self.shape(1, self.defaults.size)[1]
+        return bool(getattr(self.denoiser.config, "in_channels", state) == 2 * state + 1)
 
     def wrapped(self, key: Any, make: Callable[[], nn.Module]) -> nn.Module:
         """A denoiser around the pipeline's, made once, and compiled where the pipeline is."""

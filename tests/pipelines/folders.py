@@ -267,8 +267,11 @@ def dit() -> Any:
         num_embeds_ada_norm=10,
         norm_eps=1e-6,
     )
+    randomise(transformer, 7)
+    for block in transformer.transformer_blocks:  # in DiT's own files there is one for all
+        block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
     return diffusers.DiTPipeline(
-        transformer=randomise(transformer, 7),
+        transformer=transformer,
         vae=vae(),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
     )
