@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.checkpoints.layouts.unet import FAMILY
+from fastdiff.compiler import report
 from fastdiff.models.unet import CONFIGS, UNet, UNetConfig
 from fastdiff.models.unet_blocks import AttentionBlock
 from fastdiff.testing import assert_within_2x
@@ -95,7 +96,9 @@ def test_compiled() -> None:
     model, given = fill(UNet(config)), inputs(config, torch.float32)
     wide = fill(UNet(config), dtype=torch.float64)(**inputs(config, torch.float64))
     with torch.no_grad():
-        assert_within_2x(fastdiff.compile(model)(**given), wide, model(**given))
+        plain = model(**given)
+        assert_within_2x(fastdiff.compile(model)(**given), wide, plain)
+        assert len(report(model).graphs) == 1
 
 
 def test_gradients_flow() -> None:

@@ -17,6 +17,7 @@ from diffusers.loaders import single_file_utils  # noqa: E402
 from unets import FOLDERS, TINY_UNET, UNET, as_dtype, pair, single_file, theirs  # noqa: E402
 
 import fastdiff  # noqa: E402
+from fastdiff.compiler import report  # noqa: E402
 from fastdiff.models.unet import CONFIGS, UNet, UNetConfig  # noqa: E402
 from fastdiff.testing import assert_within_2x  # noqa: E402
 
@@ -143,6 +144,7 @@ def test_compiled() -> None:
     with torch.no_grad():
         compiled = fastdiff.compile(model)
         mine = compiled(ours["x"], ours["t"], **cond)
+        assert len(report(model).graphs) == 1
         right = as_dtype(other, torch.float64)(**as_dtype(given, torch.float64)).sample
         assert_within_2x(mine, right, other(**given).sample)
 
