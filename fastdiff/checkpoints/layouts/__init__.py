@@ -1,7 +1,38 @@
-"""The families of models whose checkpoints are read, one file each."""
+"""The families of models whose checkpoints are read, one file each.
+
+A file has ``FAMILY``, or ``FAMILIES`` where it has several; it is imported when a checkpoint is
+looked at, in this order, and the first family that recognises a file is its.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from functools import cache
+
 from fastdiff.checkpoints.family import Family
 
-FAMILIES: dict[str, Family] = {}
+MODULES = (
+    "unet",
+    "controlnet",
+    "autoencoder",
+    "text",
+    "dit",
+    "mmdit",
+    "flux",
+    "video_dit",
+    "edm",
+    "edm2",
+)
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Every family, in the order of MODULES."""
+    found: list[Family] = []
+    for name in MODULES:
+        module = f"{__name__}.{name}"
+        if importlib.util.find_spec(module) is not None:
+            loaded = importlib.import_module(module)
+            found += getattr(loaded, "FAMILIES", None) or (loaded.FAMILY,)
+    return tuple(found)
