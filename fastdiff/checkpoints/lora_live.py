@@ -83,9 +83,10 @@ def add(module: nn.Module, parameter: str, number: int, patch: Patch, strength: 
         "up": patch.up,
         "strength": torch.tensor(strength, dtype=torch.float64),
     }
-    for part, tensor in tensors.items():
-        value = tensor.detach().to(weight.device).contiguous()
-        module.register_buffer(f"{name}_{part}", value, persistent=False)
+    with torch.inference_mode(False):
+        for part, tensor in tensors.items():
+            value = tensor.detach().to(weight.device, copy=True).contiguous()
+            module.register_buffer(f"{name}_{part}", value, persistent=False)
     added.setdefault(parameter, []).append((name, patch.first))
     _set(module, added)
     return name

@@ -427,18 +427,19 @@ def test_alpha_of_pefts_configuration_is_read(tmp_path) -> None:
 
 @torch.no_grad()
 def test_compiled_a_scale_costs_no_graph_and_a_step_no_lora() -> None:
-    model, other = unets({**SD, "block_out_channels": (32, 32)})
+    model = AUTOENCODER.build(AutoencoderConfig(widths=(32,), num_res_blocks=1)).eval()
     reference = copy.deepcopy(model)
-    file = lora("kohya", "lora_unet", layers(other, r"attn2|conv_in"))
+    found = layers(model, r"decoder.*(conv|attn)")
+    file = lora("kohya", "lora_unet", found)
     apply_lora(reference, file, 0.5)
     apply_lora(model, file, 0.5, name="style", fused=False)
     fastdiff.compile(model)
-    x, t, context = _inputs()
+    latents = torch.randn(2, 4, 6, 6)
 
     def check() -> Tensor:
-        result = model(x, t, context=context)
-        exact = copy.deepcopy(reference).double()(x.double(), t, context.double())
-        assert_within_2x(result, exact, reference(x, t, context))
+        result = model(latents)
+        exact = copy.deepcopy(reference).double()(latents.double())
+        assert_within_2x(result, exact, reference(latents))
         return result
 
     first = check()
@@ -545,6 +546,52 @@ def test_bad_arguments_are_named(tmp_path) -> None:
         apply_lora(model, file, family=TOY, name="lora_2")
     with pytest.raises(ValueError, match=r"\('lora', 'lora_2'\), got 'other'"):
         remove_lora(model, "other")
+
+
+@torch.inference_mode()
+def test_in_inference_mode_weights_stay_trainable() -> None:
+    for fused in (True, False):
+        with torch.inference_mode(False):
+            model, x = Toy(), torch.randn(2, 6)
+        apply_lora(model, toy_file(), family=TOY, fused=fused)
+        set_lora_scale(model, "lora", 0.25)
+        with torch.inference_mode(False), torch.enable_grad():
+            model(x).sum().backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if n != "conv.bias")
+
+
+def test_every_spelling_of_a_name_finds_its_model() -> None:
+    from fastdiff.checkpoints.lora_files import Model, _component
+
+    def models(*names: str, third: str = "t5") -> list[Model]:
+        families = {"text_encoder_2": CLIPS["openclip_g"], "text_encoder_3": CLIPS[third]}
+        return [Model(name, nn.Identity(), families.get(name, TOY), None) for name in names]
+
+    sdxl = models("unet", "text_encoder", "text_encoder_2")
+    flux = models("transformer", "text_encoder")
+    flux.append(Model("text_encoder_2", nn.Identity(), CLIPS["t5"], None))
+    for given, module, component, name in (
+        (sdxl, "lora_unet_input_blocks_1_0", "unet", "input_blocks_1_0"),
+        (sdxl, "lora_te1_text_model_x", "text_encoder", "text_model_x"),
+        (sdxl, "lora_te2_text_model_x", "text_encoder_2", "text_model_x"),
+        (sdxl, "lora_te_text_model_x", "text_encoder", "text_model_x"),
+        (sdxl, "unet.mid_block.attn1.processor.to_q", "unet", "mid_block.attn1.to_q"),
+        (sdxl, "text_encoder_2.a.self_attn.to_out", "text_encoder_2", "a.self_attn.out_proj"),
+        (sdxl, "mid_block.proj", "unet", "mid_block.proj"),
+        (sdxl, "base_model.model.mid_block.proj", "unet", "mid_block.proj"),
+        (flux, "diffusion_model.double_blocks.0.img_attn.qkv", "transformer", None),
+        (flux, "lora_unet_double_blocks_0_img_attn_qkv", "transformer", None),
+        (flux, "lora_transformer_x_embedder", "transformer", "x_embedder"),
+        (flux, "transformer.x_embedder", "transformer", "x_embedder"),
+        (flux, "text_encoders.t5xxl.transformer.encoder.x", "text_encoder_2", "encoder.x"),
+        (flux, "text_encoders.clip_l.transformer.x", "text_encoder", "x"),
+        (models("text_encoder"), "unet.x", "unet", "x"),
+        (models("text_encoder"), "transformer.x", "transformer", "x"),
+        (models("text_encoder"), "text_model.x", "text_encoder", "text_model.x"),
+    ):
+        found = _component(module, given)
+        assert found[0] == component, module
+        assert name is None or found[1] == name, module
 
 
 def test_other_families_take_them_too() -> None:
