@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.flux_blocks import FREQUENCIES, DoubleBlock, Embedder, SingleBlock, rotations
-from fastdiff.models.transformer import FinalLayer, check_positive, check_shape, check_times
+from fastdiff.models.transformer import FinalLayer, Kept, check_positive, check_shape, check_times
 
 PATCH = 2
 GUIDANCE_FACTOR = 1000.0  # the embedding of the guidance is that of a time
-TABLES = 4  # sizes of images whose rotations are kept
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Flux(Denoiser):
             SingleBlock(d, config.num_heads) for _ in range(config.single_depth)
         )
         self.final_layer = FinalLayer(d, PATCH**2 * config.out_channels)
-        self._tables: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.rotations = Kept(rotations)
 
     def prompt(  # type: ignore[override]
         self,
@@ -169,7 +168,7 @@ class Flux(Denoiser):
             x = torch.cat([x, prompt.joined], dim=1)
         image = self.img_in(F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2))
         text, length = prompt.context, prompt.context.shape[1]
-        cos, sin = self._rotations(rows, columns, length, x.device)
+        cos, sin = self.rotations(rows, columns, length, self.config.axes, x.device)
         depth, tables = self.config.depth, {"cos": cos[length:], "sin": sin[length:]}
         for block, modulations in zip(self.double_blocks, schedule[:depth], strict=True):
             image, text = block(image, text, modulations, tables)
@@ -189,18 +188,6 @@ class Flux(Denoiser):
         joined: Tensor | None = None,
     ) -> Tensor:
         return super().forward(x, t, context, y, guidance, joined)
-
-    def _rotations(self, rows: int, columns: int, text: int, device: Any) -> tuple[Tensor, Tensor]:
-        """Computed once for a size. Not where a graph is captured: the compiler hoists them."""
-        if torch.compiler.is_compiling():
-            return rotations(rows, columns, text, self.config.axes, device)
-        size = (rows, columns, text, device)
-        if size not in self._tables:
-            while len(self._tables) >= TABLES:
-                del self._tables[next(iter(self._tables))]
-            with torch.inference_mode(False), torch.no_grad():
-                self._tables[size] = rotations(rows, columns, text, self.config.axes, device)
-        return self._tables[size]
 
     def _grid(self, x: Tensor, prompt: Prompt) -> tuple[int, int]:
         """The image's rows and columns of tokens."""

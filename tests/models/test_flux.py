@@ -10,7 +10,7 @@ import torch
 import transformer_cases as cases
 
 from fastdiff.checkpoints.layouts.flux import FAMILY, diffusers
-from fastdiff.models.flux import CONFIGS, TABLES, Flux, FluxConfig
+from fastdiff.models.flux import CONFIGS, Flux, FluxConfig
 
 SMALL = FluxConfig(
     in_channels=3, out_channels=3, hidden_size=48, depth=2, single_depth=2, num_heads=2,
@@ -132,12 +132,13 @@ def test_gradients_and_guidance_as_a_tensor() -> None:
 
 def test_rotations_are_kept_for_few_sizes() -> None:
     model, given = Flux(SMALL), inputs()
-    for rows in range(1, TABLES + 3):
+    for rows in range(1, 7):
         model(**{**given, "x": torch.zeros(2, 3, 2 * rows, 10)})
-    assert [size[0] for size in model._tables] == list(range(3, TABLES + 3))
-    cos = model._tables[(3, 5, 7, given["x"].device)][0]
+    assert [size[0] for size in model.rotations.values] == [3, 4, 5, 6]
+    size = (3, 5, 7, SMALL.axes, given["x"].device)
+    cos = model.rotations.values[size][0]
     model(**given)
-    assert model._tables[(3, 5, 7, given["x"].device)][0] is cos
+    assert model.rotations.values[size][0] is cos
 
 
 @pytest.mark.parametrize(
