@@ -76,9 +76,18 @@ def test_outputs_are_those_of_diffusers(config: FluxConfig) -> None:
     )
 
 
+def test_outputs_are_those_of_the_official_code() -> None:
+    """black-forest-labs/flux: data/flux.json says how it was run."""
+    values = cases.randomise(Flux(SMALL)).double()(**inputs(dtype=torch.float64)).flatten()[::23]
+    golden = cases.golden("flux")["values"]
+    # Both embed times in float32, the official code after a product by 1000.
+    torch.testing.assert_close(values.tolist(), golden, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes(name: str) -> None:
     ours = cases.check_names(FAMILY, CONFIGS[name], reference)
+    assert cases.digest(cases.shapes(ours.state_dict())) == cases.golden("flux")["names"][name]
     # diffusers' own converter reads what has our names, which are Black Forest Labs'.
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     state = {f"model.diffusion_model.{k}": v for k, v in ours.state_dict().items()}
