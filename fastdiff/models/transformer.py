@@ -5,7 +5,7 @@ Shapes: B images, T tokens of D features, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,31 @@ NORM_EPS = 1e-6
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = NORM_EPS) -> Tensor:
     """LayerNorm without parameters, then ``(1 + scale) x + shift``; x [B, ..., D], rows [B, D]."""
     return ops.layer_norm_modulate(x, scale, shift, eps=eps)
+
+
+class Kept:
+    """``make(*size)``, tensors of a size and a device alone, kept for the last few sizes.
+
+    Made anew where a graph is captured: the compiler hoists them.
+    """
+
+    def __init__(self, make: Callable[..., tuple[Tensor, ...]], most: int = 4) -> None:
+        self._make, self._most = make, most
+        self.values: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+
+    def __call__(self, *size: Any) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return self._make(*size)
+        if size in self.values:
+            return self.values[size]
+        # Kept for a training to come, too.
+        with torch.inference_mode(False), torch.no_grad():
+            made = self._make(*size)
+        if all(type(tensor) is Tensor for tensor in made):  # no fake ones
+            while len(self.values) >= self._most:
+                del self.values[next(iter(self.values))]
+            self.values[size] = made
+        return made
 
 
 def feed_forward(
@@ -72,14 +97,14 @@ def position_embedding(
 
 
 class PatchEmbed(nn.Module):
-    """[N, C, H, W] to tokens [N, T, D], one per patch, row-major."""
+    """[N, C, H, W] to contiguous tokens [N, T, D], one per patch, row-major."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class Mlp(nn.Module):

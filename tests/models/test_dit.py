@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +90,7 @@ def test_outputs_are_those_of_diffusers(config: DiTConfig) -> None:
 
 def test_outputs_are_those_of_the_paper_s_code() -> None:
     """facebookresearch/DiT, run once in float64: data/dit.json says how."""
-    golden = json.loads((Path(__file__).parent / "data/dit.json").read_text())
+    golden = cases.golden("dit")
     model = DiT(SMALL)
     mine = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert mine == golden["keys"]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformer_cases as cases
+from torch._subclasses import FakeTensorMode
 
 from fastdiff.checkpoints.layouts.flux import FAMILY, diffusers
-from fastdiff.models.flux import CONFIGS, TABLES, Flux, FluxConfig
+from fastdiff.models.flux import CONFIGS, Flux, FluxConfig
 
 SMALL = FluxConfig(
     in_channels=3, out_channels=3, hidden_size=48, depth=2, single_depth=2, num_heads=2,
@@ -76,9 +77,18 @@ def test_outputs_are_those_of_diffusers(config: FluxConfig) -> None:
     )
 
 
+def test_outputs_are_those_of_the_official_code() -> None:
+    """black-forest-labs/flux: data/flux.json says how it was run."""
+    values = cases.randomise(Flux(SMALL)).double()(**inputs(dtype=torch.float64)).flatten()[::23]
+    golden = cases.golden("flux")["values"]
+    # Both embed times in float32, the official code after a product by 1000.
+    torch.testing.assert_close(values.tolist(), golden, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes(name: str) -> None:
     ours = cases.check_names(FAMILY, CONFIGS[name], reference)
+    assert cases.digest(cases.shapes(ours.state_dict())) == cases.golden("flux")["names"][name]
     # diffusers' own converter reads what has our names, which are Black Forest Labs'.
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     state = {f"model.diffusion_model.{k}": v for k, v in ours.state_dict().items()}
@@ -132,12 +142,16 @@ def test_gradients_and_guidance_as_a_tensor() -> None:
 
 def test_rotations_are_kept_for_few_sizes() -> None:
     model, given = Flux(SMALL), inputs()
-    for rows in range(1, TABLES + 3):
+    for rows in range(1, 7):
         model(**{**given, "x": torch.zeros(2, 3, 2 * rows, 10)})
-    assert [size[0] for size in model._tables] == list(range(3, TABLES + 3))
-    cos = model._tables[(3, 5, 7, given["x"].device)][0]
+    assert [size[0] for size in model.rotations.values] == [3, 4, 5, 6]
+    size = (3, 5, 7, SMALL.axes, given["x"].device)
+    cos = model.rotations.values[size][0]
     model(**given)
-    assert model._tables[(3, 5, 7, given["x"].device)][0] is cos
+    assert model.rotations.values[size][0] is cos
+    with FakeTensorMode():
+        model.rotations(1, 1, 7, SMALL.axes, given["x"].device)
+    assert (1, 1, 7, SMALL.axes, given["x"].device) not in model.rotations.values
 
 
 @pytest.mark.parametrize(
