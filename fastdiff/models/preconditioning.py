@@ -46,7 +46,8 @@ class Preconditioned(Denoiser):
     """``model(x, sigma, *cond)``: the clean sample, of x's shape and dtype.
 
     x: [B, ...] = x0 + sigma eps; sigma: [B], positive; the condition is the network's. Of a
-    network with more channels than x, the first count.
+    network with more channels than x, the first count. Where the network is in half precision,
+    EDM's code keeps x and the clean sample in float32: ``fastdiff.sample(..., dtype=float32)``.
 
     time: "sigma": the model's time is the noise level; ``fastdiff.sample`` asks for it.
     levels: (least, most) noise of the network; ``fastdiff.sample`` stays within them.
@@ -65,6 +66,11 @@ class Preconditioned(Denoiser):
     @property
     def network(self) -> Denoiser:
         return cast(Denoiser, self.get_submodule(self.inner))
+
+    @property
+    def config(self) -> Any:
+        """The network's."""
+        return self.network.config
 
     def scales(self, sigma: Tensor) -> Scales:
         """The row of the table above for sigma of any shape, float64."""
