@@ -1,4 +1,4 @@
-"""EDM and EDM2 against the results of NVlabs' code; see ``edm_golden.py`` for how those were made."""
+"""EDM and EDM2 against the results of NVlabs' code; ``edm_golden.py`` says how they were made."""
 
 from __future__ import annotations
 
