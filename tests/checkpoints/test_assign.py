@@ -111,7 +111,7 @@ def test_all_differences_in_one_error(tmp_path: Path) -> None:
             "missing table.weight (did you mean 'qvk.weight'?)",
             "missing qkv.weight (did you mean 'qvk.weight'?)",
             "unknown extra",
-            "unknown qvk.weight (did you mean 'qkv.weight'?)",
+            "unknown qvk.weight (did you mean 'qkv.weight' or 'head.weight' or 'table.weight'?)",
             "out.bias must have shape (4,), got (5,)",
             "steps must be torch.int64, got torch.float32",
             "modulation.bias must be floating-point, got torch.int64",
