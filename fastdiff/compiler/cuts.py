@@ -34,7 +34,8 @@ WORK = frozenset(
 # What a residual stream goes through between one sum and the next.
 _ALONG = frozenset(
     """add iadd radd sub to float half bfloat16 type_as contiguous clamp clip nan_to_num view
-    reshape unsqueeze squeeze flatten unflatten truediv div kept""".split()  # noqa: SIM905
+    reshape unsqueeze squeeze flatten unflatten truediv div kept
+    gate_residual.default""".split()  # noqa: SIM905
 )
 _SLICES = ("getitem", "narrow")
 SMALL_BLOCKS = 4  # lists whose blocks have so many times fewer calls are none of blocks

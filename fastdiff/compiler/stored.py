@@ -88,6 +88,8 @@ def _name_of_function(target: Any) -> str:
     text = f"{module}:{name}"
     if isinstance(target, torch._ops.OpOverload):
         text = f"torch.ops:{target.namespace}:{target._opname}:{target._overloadname}"
+    elif isinstance(target, torch._ops.OpOverloadPacket):  # an op that the model calls itself
+        text = f"torch.ops:{target._qualified_op_name.replace('::', ':')}"
     try:
         if _function(text) is target:
             return text
@@ -102,8 +104,11 @@ def _function(text: str) -> Any:
         return EXTRA[text]
     module, *rest = text.split(":")
     if all(part.isidentifier() for part in rest) and rest and rest[-1] not in FILES:
-        if module == "torch.ops" and len(rest) == 3 and rest[0] in NAMESPACES:
-            return getattr(getattr(getattr(torch.ops, rest[0]), rest[1]), rest[2])
+        if module == "torch.ops" and len(rest) in (2, 3) and rest[0] in NAMESPACES:
+            packet = getattr(getattr(torch.ops, rest[0]), rest[1])
+            op = getattr(packet, rest[2]) if rest[2:] else packet
+            if isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+                return op
         if module == "torch.Tensor" and not rest[0].startswith("__"):
             return getattr(Tensor, rest[0])
         if module in MODULES:

@@ -25,6 +25,7 @@ from fastdiff.models.transformer import (
     check_positive,
     check_shape,
     check_times,
+    feed_forward,
     modulate,
     position_embedding,
     self_attention,
@@ -153,16 +154,11 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(d, int(d * config.mlp_ratio))
         self.adaLN_modulation = AdaLN(d, 6)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x [B, T, D], the condition c [B, D]."""
-        return self.step(x, self.adaLN_modulation(c))
-
-    def step(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """modulation: [B, 6 D], of ``adaLN_modulation``."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [B, T, D]; modulation: [B, 6 D], of ``adaLN_modulation``."""
+        shift, scale, gate, *rows = modulation.chunk(6, dim=-1)
         x = ops.gate_residual(x, self.attn(modulate(x, shift, scale)), gate)
-        normed = modulate(x, mlp_shift, mlp_scale, eps=self.mlp_eps)
-        return ops.gate_residual(x, self.mlp(normed), mlp_gate)
+        return feed_forward(x, self.mlp, *rows, eps=self.mlp_eps)
 
 
 class DiT(Denoiser):
@@ -231,7 +227,7 @@ class DiT(Denoiser):
         check_shape("x", x, [len(prompt), *x.shape[1:]])
         tokens = self.x_embedder(x) + self.pos_embed
         for block, modulation in zip(self.blocks, schedule, strict=False):
-            tokens = cast(DiTBlock, block).step(tokens, modulation)
+            tokens = block(tokens, modulation)
         tokens = self.final_layer(tokens, schedule[-1])
         return unpatchify(tokens, self.config.patch_size, self.grid, self.grid)
 

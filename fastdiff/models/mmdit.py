@@ -27,6 +27,7 @@ from fastdiff.models.transformer import (
     check_positive,
     check_shape,
     check_times,
+    feed_forward,
     modulate,
     position_embedding,
     self_attention,
@@ -122,12 +123,11 @@ class StreamBlock(nn.Module):
 
     def finish(self, x: Tensor, out: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
         """x with the attention's result out [B, T, H, D / H] and the feed-forward."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows[:6]
-        result = ops.gate_residual(x, self.attn.proj(out.flatten(-2)), gate)
+        result = ops.gate_residual(x, self.attn.proj(out.flatten(-2)), rows[2])
         if self.parts == 9:
             shift, scale, gate = rows[6:]
             result = ops.gate_residual(result, self.attn2(modulate(x, shift, scale)), gate)
-        return ops.gate_residual(result, self.mlp(modulate(result, mlp_shift, mlp_scale)), mlp_gate)
+        return feed_forward(result, self.mlp, *rows[3:6])
 
 
 class JointBlock(nn.Module):
@@ -142,7 +142,7 @@ class JointBlock(nn.Module):
     def schedule(self, c: Tensor) -> tuple[Tensor, Tensor]:
         return self.x_block.adaLN_modulation.rows(c), self.context_block.adaLN_modulation.rows(c)
 
-    def step(
+    def forward(
         self, x: Tensor, context: Tensor, schedule: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, D] and context [B, L, D], which the last block leaves as it is."""
@@ -222,7 +222,7 @@ class MMDiT(Denoiser):
         tokens = self.x_embedder(x) + self._positions(rows, columns)
         context = prompt.context
         for block, modulations in zip(self.joint_blocks, schedule, strict=False):
-            tokens, context = cast(JointBlock, block).step(tokens, context, modulations)
+            tokens, context = block(tokens, context, modulations)
         tokens = self.final_layer(tokens, schedule[-1])
         return unpatchify(tokens, self.config.patch_size, rows, columns)
 

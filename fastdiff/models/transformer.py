@@ -5,7 +5,7 @@ Shapes: B images, T tokens of D features, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,35 @@ NORM_EPS = 1e-6
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = NORM_EPS) -> Tensor:
     """LayerNorm without parameters, then ``(1 + scale) x + shift``; x [B, ..., D], rows [B, D]."""
     return ops.layer_norm_modulate(x, scale, shift, eps=eps)
+
+
+class Kept:
+    """``make(*size)``, tensors of a size and a device alone, kept for the last few sizes.
+
+    Made anew where a graph is captured: the compiler hoists them.
+    """
+
+    def __init__(self, make: Callable[..., Any], most: int = 4) -> None:
+        self._make, self._most = make, most
+        self.values: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *size: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._make(*size)
+        if size not in self.values:
+            while len(self.values) >= self._most:
+                del self.values[next(iter(self.values))]
+            # Kept for a training to come, too.
+            with torch.inference_mode(False), torch.no_grad():
+                self.values[size] = self._make(*size)
+        return self.values[size]
+
+
+def feed_forward(
+    x: Tensor, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor, *, eps: float = NORM_EPS
+) -> Tensor:
+    """``x + gate * mlp(modulate(x))``."""
+    return ops.gate_residual(x, mlp(modulate(x, shift, scale, eps=eps)), gate)
 
 
 def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
@@ -65,14 +94,14 @@ def position_embedding(
 
 
 class PatchEmbed(nn.Module):
-    """[N, C, H, W] to tokens [N, T, D], one per patch, row-major."""
+    """[N, C, H, W] to contiguous tokens [N, T, D], one per patch, row-major."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class Mlp(nn.Module):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +90,7 @@ def test_outputs_are_those_of_diffusers(config: DiTConfig) -> None:
 
 def test_outputs_are_those_of_the_paper_s_code() -> None:
     """facebookresearch/DiT, run once in float64: data/dit.json says how."""
-    golden = json.loads((Path(__file__).parent / "data/dit.json").read_text())
+    golden = cases.golden("dit")
     model = DiT(SMALL)
     mine = {name: list(value.shape) for name, value in model.state_dict().items()}
     assert mine == golden["keys"]
@@ -217,7 +215,8 @@ def test_starts_as_zero_and_blocks_as_identity() -> None:
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.5, 900.25]), torch.tensor([0, 7])
     assert (model(x, t, y) == 0).all()
     tokens = torch.randn(2, 16, 48)
-    assert torch.equal(model.blocks[0](tokens, torch.randn(2, 48)), tokens)
+    modulation = model.blocks[0].adaLN_modulation(torch.randn(2, 48))
+    assert torch.equal(model.blocks[0](tokens, modulation), tokens)
 
 
 def test_position_embedding_tells_rows_from_columns() -> None:

@@ -50,9 +50,18 @@ def test_outputs_are_those_of_diffusers(config: MMDiTConfig) -> None:
     cases.check_outputs(model, other.eval(), lambda m, dtype: m(*inputs(dtype)), right)
 
 
+def test_outputs_are_those_of_the_official_code() -> None:
+    """Stability-AI/sd3.5, whose width is 64 for each block: data/mmdit.json says how it was run."""
+    model = cases.randomise(MMDiT(replace(NORMED, hidden_size=192, num_heads=3))).double()
+    values = model(*inputs(torch.float64)).flatten()[::29]
+    golden = cases.golden("mmdit")["values"]
+    torch.testing.assert_close(values.tolist(), golden, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes(name: str) -> None:
     ours = cases.check_names(FAMILY, CONFIGS[name], reference)
+    assert cases.digest(cases.shapes(ours.state_dict())) == cases.golden("mmdit")["names"][name]
     # diffusers' own converter reads what has our names, which are Stability's.
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     state = {f"model.diffusion_model.{k}": v for k, v in ours.state_dict().items()}

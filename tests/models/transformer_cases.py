@@ -5,8 +5,11 @@ Every number is one of bf16, so that the float64 oracle and each dtype compute f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +57,17 @@ def read(layout: Layout, tensors: Mapping[str, Tensor], like: Mapping[str, Tenso
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def digest(names: Mapping[str, tuple[int, ...]]) -> str:
+    """Of every name and shape."""
+    listed = json.dumps(sorted((name, list(shape)) for name, shape in names.items()))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def golden(name: str) -> dict[str, Any]:
+    """What the official code gave, run once: ``source`` says how."""
+    return json.loads((Path(__file__).parent / "data" / f"{name}.json").read_text())
 
 
 def check_names(family: Family, config: Any, reference: Callable[[Any], nn.Module]) -> nn.Module:

@@ -114,7 +114,7 @@ def test_is_the_first_half_of_a_dit_block() -> None:
         "qkv_weight": block.attn.qkv.weight, "qkv_bias": block.attn.qkv.bias,
         "out_weight": block.attn.proj.weight, "out_bias": block.attn.proj.bias, "num_heads": 4,
     }  # fmt: skip
-    _conforms([adaln_attention(**call)], call, [block(x, c)])
+    _conforms([adaln_attention(**call)], call, [block(x, block.adaLN_modulation(c))])
 
 
 def _diffusers_call(block: Any, x: Any, text: Any, c: Any, text_modulation: Any) -> dict[str, Any]:
