@@ -21,7 +21,9 @@ SILU_MAGNITUDE = 0.596  # of silu(x) for normal x (equation 81)
 def normalise(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x over its magnitude along ``dims``, which becomes 1; the magnitude is at least float32."""
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide(x.dtype))
-    count = math.prod(x.shape[dim] for dim in dims)
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
     return x / (norm * count**-0.5 + EPS).to(x.dtype)
 
 

@@ -44,6 +44,15 @@ class Exact(nn.Module):
         return self
 
 
+def complete(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """A pre-hook of ``load_state_dict``: gives ``state`` the buffers that ``module.computed()``
+    returns and the file left out, on the device of the module's other tensors there."""
+    for name, value in module.computed().items():
+        if prefix + name not in state:
+            others = [t.device for t in state.values() if not t.is_meta]
+            state[prefix + name] = value.to(others[0] if others else "cpu")
+
+
 class Filter(nn.Module):
     """Resampling by 2 with the outer product of ``taps``, zeros beyond the border.
 
@@ -55,21 +64,12 @@ class Filter(nn.Module):
     def __init__(self, taps: tuple[int, ...], mode: str) -> None:
         super().__init__()
         self.taps, self.mode = taps, mode
-        self.register_buffer("resample_filter", self._computed())
-        self.register_load_state_dict_pre_hook(Filter._complete)
+        self.register_buffer("resample_filter", self.computed()["resample_filter"])
+        self.register_load_state_dict_pre_hook(complete)
 
-    def _computed(self, device: torch.device | str | None = None) -> Tensor:
-        row = torch.tensor(self.taps, dtype=torch.float32, device=device)
-        return torch.outer(row, row)[None, None] / row.sum().square()
-
-    @staticmethod
-    def _complete(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Gives a state dict without the filter the computed one, where its tensors are."""
-        assert isinstance(module, Filter)
-        if state and f"{prefix}resample_filter" not in state:
-            first = next(iter(state.values()))
-            filled = module._computed("cpu" if first.is_meta else first.device)
-            state[f"{prefix}resample_filter"] = filled.to(first.dtype)
+    def computed(self) -> dict[str, Tensor]:
+        row = torch.tensor(self.taps, dtype=torch.float32)
+        return {"resample_filter": torch.outer(row, row)[None, None] / row.sum().square()}
 
     def forward(self, x: Tensor, padded: bool = True) -> Tensor:
         """[B, C, H, W] at twice or half the size. padded: False for an x that has its border."""
@@ -77,7 +77,7 @@ class Filter(nn.Module):
             down = self.mode == "down"
             return F.avg_pool2d(x, 2) if down else F.interpolate(x, scale_factor=2.0)
         channels = x.shape[1]
-        weight = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
+        weight = self.resample_filter.to(x.device, x.dtype).expand(channels, -1, -1, -1)
         pad = (len(self.taps) - 1) // 2 if padded else 0
         if self.mode == "down":
             return F.conv2d(x, weight, stride=2, padding=pad, groups=channels)

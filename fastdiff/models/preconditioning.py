@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.edm_blocks import Exact, wide
+from fastdiff.models.edm_blocks import Exact, complete, wide
 
 
 class Scales(NamedTuple):
@@ -190,13 +190,22 @@ class IDDPMPrecond(Preconditioned, Exact):
         self, model: Denoiser, c1: float = 0.001, c2: float = 0.008, steps: int = 1000
     ) -> None:
         super().__init__(model)
-        self.steps = steps
+        self.c1, self.c2, self.steps = c1, c2, steps
+        u = self._levels()
+        self.register_buffer("u", torch.tensor(u, dtype=torch.float32))
+        self.register_load_state_dict_pre_hook(complete)
+        self.levels = (u[steps - 1], u[0])
+
+    def _levels(self) -> list[float]:
+        steps, c1, c2 = self.steps, self.c1, self.c2
         u = [0.0] * (steps + 1)
         for j in range(steps, 0, -1):
             before, here = (math.sin(math.pi / 2 * i / steps / (c2 + 1)) ** 2 for i in (j - 1, j))
             u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(before / here, c1) - 1)
-        self.register_buffer("u", torch.tensor(u, dtype=torch.float32))
-        self.levels = (u[steps - 1], u[0])
+        return u
+
+    def computed(self) -> dict[str, Tensor]:
+        return {"u": torch.tensor(self._levels(), dtype=torch.float32)}
 
     def scales(self, sigma: Tensor) -> Scales:
         nearest = (sigma[..., None] - self.u.to(sigma.dtype)).abs().argmin(-1)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.sampling.api import Generators, Seed, noise_of, state_facts
+from fastdiff.sampling.calls import schedule_for
 from fastdiff.sampling.guidance import Guidance, Scale, check_scale, guided_table
 from fastdiff.sampling.run import Run
 from fastdiff.solvers.engine import StepInfo
 from fastdiff.solvers.grids import check_choice
-from fastdiff.solvers.named import get_schedule
 from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.singlestep import embedded_step
 
@@ -89,7 +89,7 @@ def sample_adaptive(
         guidance = Guidance(check_scale("guidance_scale", guidance_scale))
     if isinstance(guidance.scale, tuple):
         raise ValueError(f"guidance_scale must be one number here, got {guidance.scale}")
-    levels = get_schedule(schedule)
+    levels = schedule_for(model, schedule)
     lam, end = map(float, levels.lambda_at([levels.t_max, levels.t_min]))
     if not (math.isfinite(lam) and math.isfinite(end)):
         raise ValueError(

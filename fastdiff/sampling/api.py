@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff._ext import DTYPE_CODES
+from fastdiff.sampling.calls import schedule_for
 from fastdiff.sampling.guidance import (
     Guidance,
     Scale,
@@ -66,7 +67,8 @@ def sample(
     model: called as ``model(x, t, **kwargs)`` with x [B, ...] and t [B]; t is int64 when every time
         of the run is whole, else of the state's dtype. Returns a tensor like x, or a tuple whose
         first entry is one, or an object with ``.sample`` (diffusers). A model with an attribute
-        ``sampling`` (schedule, prediction, grid, shape) gives the defaults of those four.
+        ``sampling`` (schedule, prediction, grid, shape) gives the defaults of those four; one with
+        ``time == "sigma"`` is given sigma whatever the times of its sigma schedule.
     shape: [B, ...] of the result. Default: x's, or one image (or one per seed) of the model's.
     x: the state to start from instead of drawn noise; not modified. It is the state x_T itself: the
         table's ``init_scale`` is not applied.
@@ -131,7 +133,7 @@ def sample(
         options = dict(solver_options, sigmas=sigmas) if sigmas is not None else solver_options
         if strength != 1:
             options = dict(options, strength=float(strength))
-        table = _table(defaults, solver, steps, schedule, grid, prediction, guidance, options)
+        table = _table(model, solver, steps, schedule, grid, prediction, guidance, options)
     run = Run(
         model,
         shape,
@@ -238,7 +240,7 @@ def _model_defaults(model: Any) -> Any:
 
 
 def _table(
-    defaults: Any,
+    model: Any,
     solver: str | SolverTable,
     steps: int,
     schedule: str | NoiseSchedule | None,
@@ -255,6 +257,7 @@ def _table(
             solver = solver.from_step(start_of(len(solver), options["strength"]))
         return guided_table(solver, guidance.in_table)
     get_solver(solver)  # the solver's name first: the likelier mistake
+    defaults = _model_defaults(model)
     if "sigmas" in options:
         levels = np.asarray(options["sigmas"], dtype=np.float64)
         if levels.ndim != 1:
@@ -276,6 +279,7 @@ def _table(
         grid = getattr(defaults, "grid", None)
     if isinstance(grid, (list, np.ndarray)):
         grid = tuple(float(time) for time in grid)
+    schedule = schedule_for(model, schedule)
     make: Callable[..., SolverTable] = _cached_table
     arguments = (solver, schedule, steps, grid, prediction, guidance.in_table)
     try:

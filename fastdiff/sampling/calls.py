@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +14,47 @@ from fastdiff._ext import DTYPE_CODES
 from fastdiff.sampling.guidance import Guidance, rescaled
 from fastdiff.sampling.hooks import Hook, Place
 from fastdiff.sampling.rules import langevin, learned_range
+from fastdiff.solvers.continuous import SigmaSchedule
 from fastdiff.solvers.engine import state_dtype
+from fastdiff.solvers.named import get_schedule
 from fastdiff.solvers.noise import Noise
 from fastdiff.solvers.prediction import to_model, to_x0
+from fastdiff.solvers.schedules import NoiseSchedule
 from fastdiff.solvers.table import Row, SolverTable
 
 Kwargs = Mapping[str, Any]
+
+
+def schedule_for(model: Any, schedule: str | NoiseSchedule) -> NoiseSchedule:
+    """The schedule with the times of ``model``: its own, or sigma for a model that is given that.
+
+    Such a model has ``time == "sigma"`` (``fastdiff.models.preconditioning``), and every sigma
+    schedule, whatever its times, serves it. ValueError for a schedule of another kind.
+    """
+    schedule = get_schedule(schedule)
+    if getattr(model, "time", None) != "sigma":
+        return schedule
+    if not isinstance(schedule, SigmaSchedule):
+        raise ValueError(
+            "schedule must be a sigma schedule ('edm', 'cm', 've') for a model that is given "
+            f"sigma, got {schedule.name}"
+        )
+    return replace(schedule, logarithmic=False, time_scale=1.0)
+
+
+def check_times(model: Any, table: SolverTable) -> None:
+    """ValueError for a table whose times are not those of a model that is given sigma."""
+    if getattr(model, "time", None) != "sigma":
+        return
+    for row in table.rows:
+        if row.evaluates and row.level is not None:
+            sigma = row.level[1] / row.level[0] if row.level[0] else math.inf
+            if not math.isclose(row.time, sigma, rel_tol=1e-6):
+                raise ValueError(
+                    "solver must be a table with sigma as its time for a model that is given "
+                    f"that, as one of SigmaSchedule(0.002, 80.0), got time {row.time:g} at sigma "
+                    f"{sigma:g}"
+                )
 
 
 @dataclass(frozen=True)

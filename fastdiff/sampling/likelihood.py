@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.sampling.calls import Arguments, Outputs
+from fastdiff.sampling.calls import Arguments, Outputs, schedule_for
 from fastdiff.solvers.engine import state_dtype
 from fastdiff.solvers.grids import check_choice
-from fastdiff.solvers.named import get_schedule
 from fastdiff.solvers.prediction import canonical, input_scale, to_eps, to_x0
 from fastdiff.solvers.schedules import NoiseSchedule
 
@@ -85,7 +84,8 @@ def log_likelihood(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive, got {value}")
-    flow = _Flow(model, x, get_schedule(schedule), canonical(prediction), cond, drop_variance)
+    levels = schedule_for(model, schedule)
+    flow = _Flow(model, x, levels, canonical(prediction), cond, drop_variance)
     first, last = flow.angles
     alpha, sigma = flow.level(first)
     scale = math.hypot(alpha, sigma)

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.sampling.calls import Arguments, ComposedEvaluate, Outputs, PlainEvaluate
+from fastdiff.sampling.calls import (
+    Arguments,
+    ComposedEvaluate,
+    Outputs,
+    PlainEvaluate,
+    check_times,
+)
 from fastdiff.sampling.guidance import Guidance, is_guided
 from fastdiff.sampling.hooks import Hook, RunFacts
 from fastdiff.sampling.state import RunState
@@ -63,7 +69,9 @@ class Run:
         return self._arguments[guided]
 
     def check(self, table: SolverTable) -> None:
-        """TypeError or ValueError for conditions that are none, or too few for the guidance."""
+        """TypeError or ValueError for conditions that are none, or too few for the guidance, and
+        for times that are not the model's."""
+        check_times(self.model, table)
         given = {"cond": self.cond, "uncond": self.uncond}
         for name, value in given.items():
             if value is not None and not isinstance(value, Mapping):
