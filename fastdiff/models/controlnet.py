@@ -67,7 +67,7 @@ class ControlNet(Encoder):
         return {**super().prompt(context, y, guidance), "hint": read}
 
     def step(self, x: Tensor, schedule: Values, prompt: Values) -> list[Tensor]:  # type: ignore[override]
-        self._check_state(x, schedule, prompt)
+        self._check_state(x, schedule)
         hint = prompt["hint"]
         if hint.shape[2:] != x.shape[2:] or hint.shape[0] != x.shape[0]:
             factor = 2 ** (len(self.config.hint_channels) - 1)

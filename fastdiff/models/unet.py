@@ -132,6 +132,10 @@ class Encoder(Denoiser):
         """What the time is to each resblock, in order: tensors [*t.shape, C or 2 C]."""
         if t.dim() not in (1, 2):
             raise ValueError(f"t must have shape [B] or [S, B], got {list(t.shape)}")
+        given = (prompt["label"], prompt["guidance"], *(pair[0] for pair in prompt["kv"][:1]))
+        for batch in (value.shape[0] for value in given if value is not None):
+            if batch != t.shape[-1]:
+                raise ValueError(f"t must have the condition's batch {batch}, got {t.shape[-1]}")
         wave = sinusoid(t, self.config.time_channels)
         embedded = self.time_embed(wave, prompt["guidance"])
         if prompt["label"] is not None:
@@ -151,18 +155,15 @@ class Encoder(Denoiser):
             skips.append(x)
         return run(self.middle_block, x, embeds, kv), skips
 
-    def _check_state(self, x: Tensor, schedule: Values, prompt: Values) -> None:
+    def _check_state(self, x: Tensor, schedule: Values) -> None:
         channels = self.config.in_channels
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(f"x must have shape [B, {channels}, H, W], got {list(x.shape)}")
         multiple = 2 ** (len(self.config.channels) - 1) if self.config.resblock_updown else 1
         if any(side % multiple for side in x.shape[2:]):
             raise ValueError(f"x must have sides of a multiple of {multiple}, got {list(x.shape)}")
-        batches = {"t": schedule[0], "context": prompt["kv"][0][0] if prompt["kv"] else None}
-        batches |= {"y": prompt["label"], "guidance": prompt["guidance"]}
-        for name, value in batches.items():
-            if value is not None and value.shape[0] != x.shape[0]:
-                raise ValueError(f"{name} must have x's batch {x.shape[0]}, got {value.shape[0]}")
+        if (batch := schedule[0].shape[0]) != x.shape[0]:
+            raise ValueError(f"t must have x's batch {x.shape[0]}, got {batch}")
 
     def _check_condition(
         self, context: Tensor | None, y: Tensor | None, guidance: Tensor | None
@@ -270,7 +271,7 @@ class UNet(Encoder):
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """residuals: of ControlNets, one for each skip from the first on, and the middle's."""
-        self._check_state(x, schedule, prompt)
+        self._check_state(x, schedule)
         embeds, kv = iter(schedule), iter(prompt["kv"])
         h, skips = self.encode(x, embeds, kv)
         if residuals is not None:
