@@ -9,6 +9,7 @@ the CPU as they are stay views of the file (see ``files`` for what that means).
 from __future__ import annotations
 
 import difflib
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -58,19 +59,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
-def _alike(word: str, known: Iterable[str], count: int = 30) -> list[str]:
-    """The names with the longest beginning and end in common: a cheap choice for difflib."""
-
-    def common(name: str) -> int:
-        return _begin(word, name) + _begin(word[::-1], name[::-1])
-
+def _alike(word: str, known: Iterable[str], count: int = 10) -> list[str]:
+    """The names beside the word in the alphabet, read forwards and backwards: few for difflib."""
     known = list(known)
-    return known if len(known) <= count else sorted(known, key=common, reverse=True)[:count]
-
-
-def _begin(a: str, b: str) -> int:
-    """How many characters two words begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+    if len(known) <= 4 * count:
+        return known
+    found: dict[str, None] = {}
+    for step in (1, -1):
+        names = sorted(name[::step] for name in known)
+        place = bisect_left(names, word[::step])
+        found |= dict.fromkeys(n[::step] for n in names[max(place - count, 0) : place + count])
+    return list(found)
 
 
 def identity(module: nn.Module) -> dict[str, Source]:

@@ -247,8 +247,13 @@ def _single_file(path: Path, checkpoint: Checkpoint) -> Description:
                     del left[name]
                 break
     problems = tuple(f"unknown {name}" for name in left)
-    components = _with_scale(components)
+    components = _with_scale({role: components[role] for role in sorted(components, key=_order)})
     return Description(path, "file", components, ignored=tuple(ignored), problems=problems)
+
+
+def _order(role: str) -> tuple[bool, bool, str]:
+    """Denoisers, then the autoencoder, then the text encoders."""
+    return role.startswith("text"), role == "vae", role
 
 
 def _with_scale(components: dict[str, Component]) -> dict[str, Component]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from fastdiff.checkpoints import hub
 from fastdiff.checkpoints.assign import assign, dominant_dtype, nearest
 from fastdiff.checkpoints.detect import Component, Description, describe
 from fastdiff.checkpoints.header import refuse_pickle
+from fastdiff.checkpoints.sampling import sampling_of
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.dit import CONFIGS, DiT
-from fastdiff.models.weights import EMBEDDED, Sampling, verify
+from fastdiff.models.dit import CONFIGS
+from fastdiff.models.weights import EMBEDDED, verify
 
 
 def load(
@@ -112,33 +112,11 @@ def _load_component(
         mapped=not own,  # what was verified must not change with the file
         progress=progress,
     )
-    if isinstance(module, Denoiser | DiT):
-        module.sampling = part.sampling or sampling_of(part, found, prediction)
+    if isinstance(module, Denoiser):
+        module.sampling = part.sampling or sampling_of(
+            part.family, part.config, found.scheduler, prediction
+        )
     return module.eval().requires_grad_(False)
-
-
-def sampling_of(part: Component, found: Description, prediction: str | None) -> Sampling:
-    """How to sample a denoiser: its family's data, and what the pipeline's scheduler says."""
-    config = part.config
-    entries = part.family.sampling_of(config)
-    size = getattr(config, "input_size", None)
-    if "shape" not in entries and size is not None:
-        entries["shape"] = (config.in_channels, size, size)
-    if getattr(config, "num_classes", None):
-        entries.setdefault("num_classes", config.num_classes)
-    entries |= _from_scheduler(found)
-    if prediction is not None:
-        entries["prediction"] = prediction
-    known = {field.name for field in fields(Sampling)}
-    return Sampling(**{key: value for key, value in entries.items() if key in known})
-
-
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
-
-
-def _from_scheduler(found: Description) -> dict[str, Any]:
-    said = PREDICTIONS.get(str(found.scheduler.get("prediction_type")))
-    return {} if said is None else {"prediction": said}
 
 
 def _resolve(

@@ -7,7 +7,6 @@ looked at, in this order, and the first family that recognises a file is its.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 
 from fastdiff.checkpoints.family import Family
@@ -30,8 +29,6 @@ def families() -> tuple[Family, ...]:
     """Every family, in the order of MODULES."""
     found: list[Family] = []
     for name in MODULES:
-        module = f"{__name__}.{name}"
-        if importlib.util.find_spec(module) is not None:
-            loaded = importlib.import_module(module)
-            found += getattr(loaded, "FAMILIES", None) or (loaded.FAMILY,)
+        module = importlib.import_module(f"{__name__}.{name}")
+        found += getattr(module, "FAMILIES", None) or (module.FAMILY,)
     return tuple(found)
