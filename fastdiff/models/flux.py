@@ -139,6 +139,8 @@ class Flux(Denoiser):
     def _guidance(self, guidance: float | Tensor | None, y: Tensor) -> Tensor:
         if guidance is None:
             raise ValueError("guidance must be a number or [B]: the model takes it, got None")
+        if not isinstance(guidance, (int, float, Tensor)):
+            raise TypeError(f"guidance must be a number or [B], got {type(guidance).__name__}")
         if not isinstance(guidance, Tensor):
             guidance = torch.tensor(float(guidance), device=y.device)
         if guidance.dim() == 0:

@@ -213,7 +213,8 @@ class MMDiT(Denoiser):
 
     def step(self, x: Tensor, schedule: tuple[Any, ...], prompt: dict[str, Tensor]) -> Tensor:
         rows, columns = self._grid(x, len(prompt["pooled"]))
-        tokens = self.x_embedder(x) + self._positions(rows, columns)
+        tokens = self.x_embedder(x)
+        tokens = tokens + self._positions(rows, columns).to(tokens.dtype)
         context = prompt["context"]
         for block, modulations in zip(self.joint_blocks, schedule, strict=False):
             tokens, context = block(tokens, context, modulations)

@@ -176,6 +176,7 @@ def test_rotations_are_kept_for_few_sizes() -> None:
             ValueError,
             r"guidance must have shape \[2\], got \[3",
         ),
+        (SMALL, {"guidance": "4"}, TypeError, r"guidance must be a number or \[B\], got str"),
         (SCHNELL, {"guidance": 3.5}, ValueError, "guidance must be None: .* got 3.5"),
         (
             SMALL,
