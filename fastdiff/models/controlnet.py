@@ -104,6 +104,7 @@ class ControlledUNet(Denoiser):
                     f"got {control.skip_channels}"
                 )
         self.unet, self.controls = unet, nn.ModuleList(controls)
+        self.train(unet.training)
         self.scales: Scales = scales or (1.0,) * len(controls)
         self._factors()
 

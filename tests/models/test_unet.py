@@ -14,9 +14,10 @@ from torch import Tensor
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers.loaders import single_file_utils  # noqa: E402
-from unets import FOLDERS, TINY_UNET, UNET, as_dtype, pair, theirs  # noqa: E402
+from unets import FOLDERS, TINY_UNET, UNET, as_dtype, pair, single_file, theirs  # noqa: E402
 
 import fastdiff  # noqa: E402
+from fastdiff.compiler import report  # noqa: E402
 from fastdiff.models.unet import CONFIGS, UNet, UNetConfig  # noqa: E402
 from fastdiff.testing import assert_within_2x  # noqa: E402
 
@@ -143,6 +144,7 @@ def test_compiled() -> None:
     with torch.no_grad():
         compiled = fastdiff.compile(model)
         mine = compiled(ours["x"], ours["t"], **cond)
+        assert len(report(model).graphs) == 1
         right = as_dtype(other, torch.float64)(**as_dtype(given, torch.float64)).sample
         assert_within_2x(mine, right, other(**given).sample)
 
@@ -193,6 +195,21 @@ def test_unknown_sizes_are_recognised(config: UNetConfig) -> None:
     assert UNET.recognise(shapes) == config
     for needed in ("out.2.weight", "time_embed.0.weight", "input_blocks.0.0.weight"):
         assert UNET.recognise({k: v for k, v in shapes.items() if k != needed}) is None
+        assert UNET.recognise({**shapes, needed: ()}) is None
+    for missing in ("input_blocks.1.0.out_layers.3.weight", "middle_block.0.emb_layers.1.bias"):
+        assert UNET.recognise({k: v for k, v in shapes.items() if k != missing}) == config
+
+
+def test_tiny_pair_as_a_single_file() -> None:
+    model, other = pair(UNET, {**TINY_UNET, "norm_num_groups": 32})
+    file = single_file(UNET, model)
+    state = {name.removeprefix(UNET.prefixes[0]): value for name, value in file.items()}
+    config = UNET.recognise({name: tuple(value.shape) for name, value in state.items()})
+    assert config == model.config
+    converted = single_file_utils.convert_ldm_unet_checkpoint(file, dict(other.config))
+    right = other.state_dict()
+    assert converted.keys() == right.keys()
+    assert all(torch.equal(converted[name], right[name]) for name in right)
 
 
 def test_residuals_reach_the_skips_in_order() -> None:

@@ -73,17 +73,18 @@ def to_diffusers(config: ControlNetConfig) -> dict[str, Any]:
 
 
 def recognise(shapes: Shapes) -> ControlNetConfig | None:
-    told = encoder_of(shapes)
-    if told is None or "input_hint_block.0.weight" not in shapes:
+    try:
+        told = encoder_of(shapes)
+        if told is None or "input_hint_block.0.weight" not in shapes:
+            return None
+        outer, inner = shapes["input_hint_block.0.weight"][:2]
+        # Every second layer halves; the last one gives the state's width.
+        halving = (f"input_hint_block.{number}.weight" for number in range(4, 100, 4))
+        widths = (outer, *(shapes[name][0] for name in halving if name in shapes))
+        own: dict[str, Any] = {"hint_in": inner, "hint_channels": widths}
+        return completed(ControlNetConfig(**told, **guessed(told), **own), CONTROLS)
+    except (IndexError, KeyError, ValueError):  # shapes that no ControlNet has
         return None
-    first = shapes["input_hint_block.0.weight"]
-    widths = [first[0]]
-    for number in range(4, 100, 4):  # the layers that halve; the last one gives the state's width
-        name = f"input_hint_block.{number}.weight"
-        if name in shapes:
-            widths.append(shapes[name][0])
-    seen = ControlNetConfig(**told, **guessed(told), hint_in=first[1], hint_channels=tuple(widths))
-    return completed(seen, CONTROLS)
 
 
 FAMILY = Family(

@@ -279,7 +279,11 @@ def to_diffusers(config: UNetConfig) -> dict[str, Any]:
 
 
 def encoder_of(shapes: Shapes) -> dict[str, Any] | None:
-    """The fields of an EncoderConfig that names and shapes tell; None if they are no U-Net's."""
+    """The fields of an EncoderConfig that names and shapes tell; None if they are no U-Net's.
+
+    A file that lacks some tensors is still recognised where others tell the same, so that the
+    reader can name those. KeyError or IndexError where none does.
+    """
     needed = ("time_embed.0", "input_blocks.0.0", "middle_block.0.in_layers.2")
     if any(f"{name}.weight" not in shapes for name in needed):
         return None
@@ -300,20 +304,26 @@ def encoder_of(shapes: Shapes) -> dict[str, Any] | None:
             return 1
         return len(numbers(rf"{re.escape(place)}\.transformer_blocks\.(\d+)\."))
 
+    def shape(place: str, *names: str) -> tuple[int, ...]:
+        """Of the first of the tensors that is there."""
+        return next(iter(shapes[f"{place}.{n}"] for n in names if f"{place}.{n}" in shapes), ())
+
     firsts = [f"input_blocks.{1 + level * (count + 1)}" for level in range(levels)]
-    channels = tuple(shapes[f"{first}.0.out_layers.3.weight"][0] for first in firsts)
+    widths = ("out_layers.3.weight", "out_layers.3.bias", "in_layers.2.weight", "in_layers.2.bias")
+    channels = tuple(shape(f"{first}.0", *widths)[0] for first in firsts)
     depths = tuple(depth(f"{first}.1") for first in firsts)
     places = [f"{first}.1" for first in firsts] + ["middle_block.1"]
-    with_text = [p for p in places if f"{p}.transformer_blocks.0.attn2.to_k.weight" in shapes]
+    keys = ("attn2.to_k.weight", "attn2.to_v.weight")
+    with_text = [(p, found) for p in places if (found := shape(f"{p}.transformer_blocks.0", *keys))]
     context_dim, linear, cross = None, False, []
     if with_text:
-        inner = f"{with_text[0]}.transformer_blocks.0"
-        context_dim = shapes[f"{inner}.attn2.to_k.weight"][1]
-        linear = len(shapes[f"{with_text[0]}.proj_in.weight"]) == 2
+        context_dim = with_text[0][1][1]
+        linear = len(shape(with_text[0][0], "proj_in.weight", "proj_out.weight")) == 2
         for level, place in enumerate(places[:-1]):
-            key = shapes.get(f"{place}.transformer_blocks.0.attn1.to_k.weight")
+            key = shape(f"{place}.transformer_blocks.0.attn1", "to_k.weight", "to_v.weight")
             if key and key[1] != channels[level] and key[1] == context_dim:
                 cross.append(level)
+    embed = shape("middle_block.0.emb_layers.1", "bias", "weight")
     vector, guided = shapes.get("label_emb.0.0.weight"), shapes.get("time_embed.cond_proj.weight")
     return {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
@@ -328,7 +338,7 @@ def encoder_of(shapes: Shapes) -> dict[str, Any] | None:
         "num_classes": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
         "vector_dim": vector[1] if vector else None,
         "guidance_dim": guided[1] if guided else None,
-        "scale_shift": shapes["middle_block.0.emb_layers.1.weight"][0] == 2 * channels[-1],
+        "scale_shift": embed[0] == 2 * channels[-1],
         "resblock_updown": bool(ups),
     }
 
@@ -358,11 +368,14 @@ def guessed(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recognise(shapes: Shapes) -> UNetConfig | None:
-    told = encoder_of(shapes)
-    if told is None or "out.2.weight" not in shapes:
+    try:
+        told = encoder_of(shapes)
+        if told is None or "out.2.weight" not in shapes:
+            return None
+        out = shapes["out.2.weight"][0]
+        return completed(UNetConfig(**told, **guessed(told), out_channels=out), CONFIGS)
+    except (IndexError, KeyError, ValueError):  # shapes that no U-Net has
         return None
-    seen = UNetConfig(**told, **guessed(told), out_channels=shapes["out.2.weight"][0])
-    return completed(seen, CONFIGS)
 
 
 FAMILY = Family(
