@@ -225,7 +225,8 @@ class DiT(Denoiser):
     def step(self, x: Tensor, schedule: tuple[Tensor, ...], prompt: Tensor) -> Tensor:
         self._check_x(x)
         check_shape("x", x, [len(prompt), *x.shape[1:]])
-        tokens = self.x_embedder(x) + self.pos_embed
+        tokens = self.x_embedder(x)
+        tokens = tokens + self.pos_embed.to(tokens.dtype)  # float32 where a file lacks it
         for block, modulation in zip(self.blocks, schedule, strict=False):
             tokens = block(tokens, modulation)
         tokens = self.final_layer(tokens, schedule[-1])
@@ -240,5 +241,7 @@ class DiT(Denoiser):
     def _check_x(self, x: Tensor) -> None:
         size = self.config.input_size
         expected = [self.config.in_channels, size, size]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.dim() != 4 or list(x.shape[1:]) != expected:
             raise ValueError(f"x must have shape [B, *{expected}], got {list(x.shape)}")

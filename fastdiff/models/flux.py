@@ -9,7 +9,7 @@ Shapes: B images of C channels, T tokens (2 x 2 pixels each) of D features, text
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,15 +76,6 @@ CONFIGS = {
 }
 
 
-class Prompt(NamedTuple):
-    """context: the text's tokens [B, L, D]; pooled: its embedding, with the guidance's, [B, D];
-    joined: channels that go in beside the image's, [B, C, H, W], or None."""
-
-    context: Tensor
-    pooled: Tensor
-    joined: Tensor | None
-
-
 class Flux(Denoiser):
     """The denoiser: ``model(x, t, context, y, guidance, joined)``; predicts noise minus image.
 
@@ -125,7 +116,9 @@ class Flux(Denoiser):
         y: Tensor,
         guidance: float | Tensor | None = None,
         joined: Tensor | None = None,
-    ) -> Prompt:
+    ) -> dict[str, Any]:
+        """context: the text's tokens [B, L, D]; pooled: its embedding, with the guidance's, [B, D];
+        joined: as given, or None."""
         config = self.config
         check_shape("context", context, ["B", "L", config.context_size])
         check_shape("y", y, [len(context), config.pooled_size])
@@ -141,11 +134,13 @@ class Flux(Denoiser):
             pooled = pooled + self._guidance(guidance, y)
         elif guidance is not None:
             raise ValueError(f"guidance must be None: the model does not take it, got {guidance!r}")
-        return Prompt(self.txt_in(context), pooled, joined)
+        return {"context": self.txt_in(context), "pooled": pooled, "joined": joined}
 
     def _guidance(self, guidance: float | Tensor | None, y: Tensor) -> Tensor:
         if guidance is None:
             raise ValueError("guidance must be a number or [B]: the model takes it, got None")
+        if not isinstance(guidance, (int, float, Tensor)):
+            raise TypeError(f"guidance must be a number or [B], got {type(guidance).__name__}")
         if not isinstance(guidance, Tensor):
             guidance = torch.tensor(float(guidance), device=y.device)
         if guidance.dim() == 0:
@@ -154,20 +149,20 @@ class Flux(Denoiser):
         wide = torch.promote_types(guidance.dtype, torch.float32)
         return self.guidance_in.times(guidance.to(wide) * GUIDANCE_FACTOR)
 
-    def schedule(self, t: Tensor, prompt: Prompt) -> tuple[Any, ...]:
+    def schedule(self, t: Tensor, prompt: dict[str, Any]) -> tuple[Any, ...]:
         """The modulations of the double blocks (image, text), single blocks and the last norm."""
-        check_times(t, len(prompt.pooled))
-        c = F.silu(self.time_in.times(t) + prompt.pooled)
+        check_times(t, len(prompt["pooled"]))
+        c = F.silu(self.time_in.times(t) + prompt["pooled"])
         double = [cast(DoubleBlock, block).schedule(c) for block in self.double_blocks]
         single = [cast(SingleBlock, block).modulation(c) for block in self.single_blocks]
         return (*double, *single, self.final_layer.adaLN_modulation.rows(c))
 
-    def step(self, x: Tensor, schedule: tuple[Any, ...], prompt: Prompt) -> Tensor:
+    def step(self, x: Tensor, schedule: tuple[Any, ...], prompt: dict[str, Any]) -> Tensor:
         rows, columns = self._grid(x, prompt)
-        if prompt.joined is not None:
-            x = torch.cat([x, prompt.joined], dim=1)
+        if prompt["joined"] is not None:
+            x = torch.cat([x, prompt["joined"]], dim=1)
         image = self.img_in(F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2))
-        text, length = prompt.context, prompt.context.shape[1]
+        text, length = prompt["context"], prompt["context"].shape[1]
         cos, sin = self.rotations(rows, columns, length, self.config.axes, x.device)
         depth, tables = self.config.depth, {"cos": cos[length:], "sin": sin[length:]}
         for block, modulations in zip(self.double_blocks, schedule[:depth], strict=True):
@@ -189,16 +184,16 @@ class Flux(Denoiser):
     ) -> Tensor:
         return super().forward(x, t, context, y, guidance, joined)
 
-    def _grid(self, x: Tensor, prompt: Prompt) -> tuple[int, int]:
+    def _grid(self, x: Tensor, prompt: dict[str, Any]) -> tuple[int, int]:
         """The image's rows and columns of tokens."""
-        check_shape("x", x, [len(prompt.pooled), self.config.out_channels, "H", "W"])
+        check_shape("x", x, [len(prompt["pooled"]), self.config.out_channels, "H", "W"])
         sides = list(x.shape[2:])
         if any(side % PATCH or not side for side in sides):
             raise ValueError(
                 f"x must have sides that are multiples of {PATCH}, got {list(x.shape)}"
             )
-        if prompt.joined is not None and list(prompt.joined.shape[2:]) != sides:
+        if prompt["joined"] is not None and list(prompt["joined"].shape[2:]) != sides:
             raise ValueError(
-                f"joined must have the sides of x {sides}, got {list(prompt.joined.shape)}"
+                f"joined must have the sides of x {sides}, got {list(prompt['joined'].shape)}"
             )
         return sides[0] // PATCH, sides[1] // PATCH

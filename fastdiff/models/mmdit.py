@@ -8,7 +8,7 @@ Shapes: B images of C channels, T tokens of D features, text of L tokens, H head
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,13 +167,6 @@ class JointBlock(nn.Module):
         return image.finish(x, out, rows), text.finish(context, text_out, text_rows)
 
 
-class Prompt(NamedTuple):
-    """context: the text's tokens [B, L, D]; pooled: its embedding [B, D]."""
-
-    context: Tensor
-    pooled: Tensor
-
-
 class MMDiT(Denoiser):
     """The denoiser: ``model(x, t, context, y)``; predicts the flow (noise minus image).
 
@@ -205,22 +198,24 @@ class MMDiT(Denoiser):
         self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(d, patch**2 * config.in_channels)
 
-    def prompt(self, context: Tensor, y: Tensor) -> Prompt:  # type: ignore[override]
+    def prompt(self, context: Tensor, y: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """context: the text's tokens [B, L, D]; pooled: its embedding [B, D]."""
         check_shape("context", context, ["B", "L", self.config.context_size])
         check_shape("y", y, [len(context), self.config.pooled_size])
-        return Prompt(self.context_embedder(context), self.y_embedder(y))
+        return {"context": self.context_embedder(context), "pooled": self.y_embedder(y)}
 
-    def schedule(self, t: Tensor, prompt: Prompt) -> tuple[Any, ...]:
+    def schedule(self, t: Tensor, prompt: dict[str, Tensor]) -> tuple[Any, ...]:
         """Every block's modulations of image and text, then the last norm's."""
-        check_times(t, len(prompt.pooled))
-        c = F.silu(self.t_embedder(t) + prompt.pooled)
+        check_times(t, len(prompt["pooled"]))
+        c = F.silu(self.t_embedder(t) + prompt["pooled"])
         blocks = [cast(JointBlock, block).schedule(c) for block in self.joint_blocks]
         return (*blocks, self.final_layer.adaLN_modulation.rows(c))
 
-    def step(self, x: Tensor, schedule: tuple[Any, ...], prompt: Prompt) -> Tensor:
-        rows, columns = self._grid(x, len(prompt.pooled))
-        tokens = self.x_embedder(x) + self._positions(rows, columns)
-        context = prompt.context
+    def step(self, x: Tensor, schedule: tuple[Any, ...], prompt: dict[str, Tensor]) -> Tensor:
+        rows, columns = self._grid(x, len(prompt["pooled"]))
+        tokens = self.x_embedder(x)
+        tokens = tokens + self._positions(rows, columns).to(tokens.dtype)
+        context = prompt["context"]
         for block, modulations in zip(self.joint_blocks, schedule, strict=False):
             tokens, context = block(tokens, context, modulations)
         tokens = self.final_layer(tokens, schedule[-1])

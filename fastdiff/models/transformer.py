@@ -29,20 +29,23 @@ class Kept:
     Made anew where a graph is captured: the compiler hoists them.
     """
 
-    def __init__(self, make: Callable[..., Any], most: int = 4) -> None:
+    def __init__(self, make: Callable[..., tuple[Tensor, ...]], most: int = 4) -> None:
         self._make, self._most = make, most
-        self.values: dict[tuple[Any, ...], Any] = {}
+        self.values: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
-    def __call__(self, *size: Any) -> Any:
+    def __call__(self, *size: Any) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
             return self._make(*size)
-        if size not in self.values:
+        if size in self.values:
+            return self.values[size]
+        # Kept for a training to come, too.
+        with torch.inference_mode(False), torch.no_grad():
+            made = self._make(*size)
+        if all(type(tensor) is Tensor for tensor in made):  # no fake ones
             while len(self.values) >= self._most:
                 del self.values[next(iter(self.values))]
-            # Kept for a training to come, too.
-            with torch.inference_mode(False), torch.no_grad():
-                self.values[size] = self._make(*size)
-        return self.values[size]
+            self.values[size] = made
+        return made
 
 
 def feed_forward(

@@ -73,19 +73,22 @@ class VideoDiTConfig:
 CONFIGS = {"Latte-1": VideoDiTConfig()}
 
 
-def frame_positions(hidden_size: int, frames: int, device: torch.device) -> Tensor:
-    """[1, frames, 1, D]: sines, then cosines of the frame's number; float64 inside, float32 out."""
+def frame_positions(hidden_size: int, frames: int, device: torch.device) -> tuple[Tensor]:
+    """One tensor [1, frames, 1, D]: sines, then cosines of the frame's number.
+
+    float64 inside, float32 out.
+    """
     half = hidden_size // 2
     omega = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
     angles = torch.arange(frames, dtype=torch.float64, device=device)[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()[None, :, None]
+    return (torch.cat([angles.sin(), angles.cos()], dim=1).float()[None, :, None],)
 
 
 def token_positions(
     hidden_size: int, rows: int, columns: int, base: float, device: torch.device
-) -> Tensor:
-    """[1, rows * columns, D], see `position_embedding`."""
-    return position_embedding(hidden_size, rows, columns, base=base).to(device)
+) -> tuple[Tensor]:
+    """One tensor [1, rows * columns, D], see `position_embedding`."""
+    return (position_embedding(hidden_size, rows, columns, base=base).to(device),)
 
 
 class TwoLayers(nn.Module):
@@ -221,14 +224,16 @@ class VideoDiT(Denoiser):
         frames, rows, columns = self._grid(x, len(prompt[0][0]))
         count, d = rows * columns, self.config.hidden_size
         tokens = self.pos_embed(x.transpose(1, 2).flatten(0, 1))
-        tokens = tokens + self.places(d, rows, columns, self._base, x.device).to(x.dtype)
+        (places,) = self.places(d, rows, columns, self._base, x.device)
+        tokens = tokens + places.to(x.dtype)
         tokens = tokens.view(len(x), frames * count, d)
         blocks = zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         for i, (space, time) in enumerate(blocks):
             tokens = space(tokens, schedule[i][0], frames, prompt[i])
             if i == 0 and frames > 1:
-                moments = self.moments(d, frames, x.device).to(x.dtype)
-                tokens = (tokens.unflatten(1, (frames, count)) + moments).flatten(1, 2)
+                (moments,) = self.moments(d, frames, x.device)
+                tokens = tokens.unflatten(1, (frames, count)) + moments.to(x.dtype)
+                tokens = tokens.flatten(1, 2)
             tokens = time(_turned(tokens, frames), schedule[i][1], count)
             tokens = _turned(tokens, count)
         shift, scale = schedule[-1].chunk(2, dim=-1)

@@ -128,6 +128,13 @@ def test_names_and_shapes_of_both_layouts(name: str) -> None:
     assert FAMILY.recognise(cases.shapes(state)) == replace(config, input_size=32)
 
 
+def test_the_computed_position_embedding_may_be_wider_than_the_weights() -> None:
+    model = cases.randomise(DiT(SMALL)).bfloat16()
+    right = model(*inputs(torch.bfloat16))
+    model.pos_embed.data = model.pos_embed.float()
+    assert torch.equal(model(*inputs(torch.bfloat16)), right)
+
+
 def test_a_folder_whose_copies_differ_is_refused() -> None:
     model = cases.randomise(DiT(SMALL))
     layout, state = diffusers(SMALL), model.state_dict()
@@ -153,6 +160,18 @@ def test_a_folder_whose_copies_differ_is_refused() -> None:
 def test_bad_entries(entries: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FAMILY.from_diffusers({"_class_name": "Transformer2DModel", "dropout": 0.0, **entries})
+
+
+def test_a_folder_with_entries_of_the_class_before() -> None:
+    """The public folders were written by Transformer2DModel, without an entry for the eps."""
+    entries = {
+        "_class_name": "Transformer2DModel", "activation_fn": "gelu-approximate",
+        "attention_bias": True, "cross_attention_dim": None, "norm_num_groups": 32,
+        "norm_type": "ada_norm_zero", "num_embeds_ada_norm": 1000, "num_vector_embeds": None,
+        "only_cross_attention": False, "out_channels": 8, "sample_size": 64,
+    }  # fmt: skip
+    expected = replace(CONFIGS["DiT-XL/2-512"], frequency_shift=1.0, mlp_norm_eps=1e-5)
+    assert FAMILY.from_diffusers(entries) == expected
 
 
 def test_other_files_are_not_recognised() -> None:
@@ -238,6 +257,10 @@ def good() -> dict[str, torch.Tensor]:
             r"x must have shape \[B, \*\[3, 8, 8\]\], got \[2, 1, 8, 8\]",
         ),
         ({"x": torch.zeros(3, 8, 8)}, "x must have shape"),
+        (
+            {"x": torch.zeros(2, 3, 8, 6)},
+            r"x must have shape \[B, \*\[3, 8, 8\]\], got \[2, 3, 8, 6\]",
+        ),
         ({"t": torch.zeros(3)}, r"t must have shape \[2\], got \[3\]"),
         ({"y": torch.zeros(1).long()}, r"y must have shape \[2\], got \[1\]"),
         ({"y": torch.tensor([0, 8])}, "y must be in 0..7 .*got 8"),

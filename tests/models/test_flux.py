@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformer_cases as cases
+from torch._subclasses import FakeTensorMode
 
 from fastdiff.checkpoints.layouts.flux import FAMILY, diffusers
 from fastdiff.models.flux import CONFIGS, Flux, FluxConfig
@@ -148,6 +149,9 @@ def test_rotations_are_kept_for_few_sizes() -> None:
     cos = model.rotations.values[size][0]
     model(**given)
     assert model.rotations.values[size][0] is cos
+    with FakeTensorMode():
+        model.rotations(1, 1, 7, SMALL.axes, given["x"].device)
+    assert (1, 1, 7, SMALL.axes, given["x"].device) not in model.rotations.values
 
 
 @pytest.mark.parametrize(
@@ -172,6 +176,7 @@ def test_rotations_are_kept_for_few_sizes() -> None:
             ValueError,
             r"guidance must have shape \[2\], got \[3",
         ),
+        (SMALL, {"guidance": "4"}, TypeError, r"guidance must be a number or \[B\], got str"),
         (SCHNELL, {"guidance": 3.5}, ValueError, "guidance must be None: .* got 3.5"),
         (
             SMALL,

@@ -66,6 +66,14 @@ def test_names_and_shapes(name: str) -> None:
     cases.check_names(FAMILY, CONFIGS[name], reference)
 
 
+def test_a_folder_with_entries_of_the_class_before() -> None:
+    """The public one has entries that diffusers' class no longer takes, off or without effect."""
+    older = {"attention_type": "default", "double_self_attention": False, "norm_num_groups": 32}
+    older |= {"num_vector_embeds": None, "only_cross_attention": False, "upcast_attention": False}
+    entries = {**FAMILY.to_diffusers(CONFIGS["Latte-1"]), **older}
+    assert FAMILY.from_diffusers(entries) == CONFIGS["Latte-1"]
+
+
 def test_programs() -> None:
     x, _, context = inputs()
     steps = torch.tensor([[999.0, 500.5], [3.0, 0.0], [1.0, 750.0]])

@@ -35,7 +35,7 @@ def from_diffusers(entries: Mapping[str, Any]) -> VideoDiTConfig:
     read = {
         *("sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "norm_eps"),
         *("num_attention_heads", "attention_head_dim", "cross_attention_dim", "caption_channels"),
-        *("video_length", "num_embeds_ada_norm", "dropout"),
+        *("video_length", "num_embeds_ada_norm", "dropout", "norm_num_groups"),
     }
     # The public folder still has entries of the class that diffusers' own was made from.
     check_entries({**DEFAULTS, **entries}, read, {**FIXED, "attention_type": "default"})
@@ -102,6 +102,7 @@ FAMILY = Family(
     build=VideoDiT,
     prefixes=("",),
     recognise=recognise,
+    optional=frozenset({"pos_embed.pos_embed", "temp_pos_embed"}),
     classes=("LatteTransformer3DModel", "LatteT2V"),
     diffusers=diffusers,
     from_diffusers=from_diffusers,
