@@ -135,7 +135,7 @@ class EDMNetwork(Denoiser):
             labels = class_vectors(class_labels, self.config.label_dim, weight)
             if not self.adm:
                 labels = labels * math.sqrt(self.config.label_dim)
-            result["label"] = wide_linear(self.map_label, labels)
+            result["class_labels"] = wide_linear(self.map_label, labels)
         elif class_labels is not None:
             raise ValueError("class_labels must be None for a network without labels, got some")
         if augment_labels is not None:
@@ -147,7 +147,7 @@ class EDMNetwork(Denoiser):
                     f"augment_labels must have shape [B, {dim}], got {list(augment_labels.shape)}"
                 )
             augment = augment_labels.to(wide(self.map_augment.weight.dtype))
-            result["augment"] = wide_linear(self.map_augment, augment)
+            result["augment_labels"] = wide_linear(self.map_augment, augment)
         return result
 
     def schedule(self, t: Tensor, prompt: dict[str, Tensor]) -> list[Tensor]:
@@ -156,17 +156,16 @@ class EDMNetwork(Denoiser):
         for name, rows in prompt.items():
             if rows.shape[0] not in (1, t.shape[-1]):
                 raise ValueError(
-                    f"{name}_labels must have the batch of t, {t.shape[-1]}, or 1, "
-                    f"got {rows.shape[0]}"
+                    f"{name} must have the batch of t, {t.shape[-1]}, or 1, got {rows.shape[0]}"
                 )
         embedding = self._noise(t.to(wide(t.dtype))).to(dtype)
-        late = self.adm and "label" in prompt
+        late = self.adm and "class_labels" in prompt
         for name, rows in prompt.items():
-            if not (late and name == "label"):
+            if not (late and name == "class_labels"):
                 embedding = embedding + rows
         embedding = wide_linear(self.map_layer1, F.silu(wide_linear(self.map_layer0, embedding)))
         if late:
-            embedding = embedding + prompt["label"]
+            embedding = embedding + prompt["class_labels"]
         embedding = F.silu(embedding).to(self.map_layer0.weight.dtype)
         both = (*self.enc.values(), *self.dec.values())
         return [block.affine(embedding) for block in both if isinstance(block, UNetBlock)]

@@ -124,7 +124,6 @@ class EDM2(EDMPrecond):
 
     def __init__(self, config: EDM2Config) -> None:
         super().__init__(EDM2Network(config), config.sigma_data)
-        self.config = config
         self.logvar_fourier = MPFourier(config.logvar_channels)
         self.logvar_linear = MPConv(config.logvar_channels, 1)
         shape = (config.img_channels, config.img_resolution, config.img_resolution)

@@ -34,14 +34,21 @@ def mp_silu(x: Tensor) -> Tensor:
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """((1 - t) a + t b)/sqrt((1 - t)^2 + t^2), equation 88."""
-    return torch.lerp(a, b, t) * (1 / math.hypot(1 - t, t))
+    first, second = weights_of(t)
+    return first * a + second * b
+
+
+def weights_of(t: float) -> tuple[float, float]:
+    """What ``mp_sum`` multiplies a and b with."""
+    return (1 - t) / math.hypot(1 - t, t), t / math.hypot(1 - t, t)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
     """a and b, of unequal widths, so that they weigh 1 - t and t, equation 103."""
     first, second = a.shape[1], b.shape[1]
-    both = math.sqrt(first + second) / math.hypot(1 - t, t)
-    return torch.cat([a * (both * (1 - t) / first**0.5), b * (both * t / second**0.5)], 1)
+    weights = weights_of(t)
+    scales = (weights[i] * math.sqrt((first + second) / n) for i, n in enumerate((first, second)))
+    return torch.cat([x * scale for x, scale in zip((a, b), scales, strict=True)], 1)
 
 
 class MPFourier(Exact):
@@ -71,15 +78,19 @@ def _watched(tensor: Tensor) -> bool:
 
 
 class MPConv(nn.Module):
-    """A convolution, or a linear layer for ``kernel`` 0, of normalised weights (equation 47)."""
+    """A convolution, or a linear layer for ``kernel`` 0, of normalised weights (equation 47).
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 0) -> None:
+    factor: what the neighbours multiply with, which the weights can do for nothing.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 0, factor: float = 1.0) -> None:
         super().__init__()
+        self.factor = factor
         sides = (kernel, kernel) if kernel else ()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, *sides))
 
     def effective(self, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
-        """gain * weight / (|weight| sqrt(fan-in)) per output, in float32 or wider, then ``dtype``.
+        """factor * gain * weight / (|weight| sqrt(fan-in)), computed in float32 or wider.
 
         Kept until the weight or the gain changes, unless gradients or a compiler are at work.
         """
@@ -96,7 +107,7 @@ class MPConv(nn.Module):
     def _computed(self, dtype: torch.dtype, gain: Tensor | None) -> Tensor:
         weight = self.weight.to(wide(self.weight.dtype))
         dims = tuple(range(1, weight.dim()))
-        weight = normalise(weight, dims) * weight[0].numel() ** -0.5
+        weight = normalise(weight, dims) * (self.factor * weight[0].numel() ** -0.5)
         return (weight if gain is None else weight * gain.to(weight.dtype)).to(dtype)
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
@@ -124,13 +135,17 @@ class Block(nn.Module):
         self.config, self.decoder, self.mode = config, decoder, mode
         self.num_heads = outputs // config.channels_per_head if attends else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(inputs if decoder else outputs, outputs, 3)
+        # Two factors of SiLU, and the branches' weights in the sums.
+        self.res_weights = weights_of(config.res_balance)
+        self.attn_weights = weights_of(config.attn_balance)
+        silu = 1 / SILU_MAGNITUDE
+        self.conv_res0 = MPConv(inputs if decoder else outputs, outputs, 3, silu)
         self.emb_linear = MPConv(config.emb_channels, outputs)
-        self.conv_res1 = MPConv(outputs, outputs, 3)
+        self.conv_res1 = MPConv(outputs, outputs, 3, silu * self.res_weights[1])
         self.conv_skip = MPConv(inputs, outputs, 1) if inputs != outputs else None
         if self.num_heads:
             self.attn_qkv = MPConv(outputs, 3 * outputs, 1)
-            self.attn_proj = MPConv(outputs, outputs, 1)
+            self.attn_proj = MPConv(outputs, outputs, 1, self.attn_weights[1])
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, C, H, W], c [B, C]: the embedding's factors for the branch."""
@@ -140,12 +155,12 @@ class Block(nn.Module):
             x = F.interpolate(x, scale_factor=2.0)
         if not self.decoder:
             x = normalise(x if self.conv_skip is None else self.conv_skip(x), (1,))
-        y = self.conv_res1(mp_silu(self.conv_res0(mp_silu(x)) * c[:, :, None, None]))
+        y = self.conv_res1(F.silu(self.conv_res0(F.silu(x)) * c[:, :, None, None]))
         if self.decoder and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, y, self.config.res_balance)
+        x = torch.add(y, x, alpha=self.res_weights[0])
         if self.num_heads:
             y = attend_pixels(self.attn_qkv(x), self.num_heads, lambda qkv: normalise(qkv, (2,)))
-            x = mp_sum(x, self.attn_proj(y), self.config.attn_balance)
+            x = torch.add(self.attn_proj(y), x, alpha=self.attn_weights[0])
         clip = self.config.clip_act
         return x.clamp(-clip, clip) if clip else x

@@ -133,7 +133,10 @@ EDM_CONFIGS = _edm_configs()
 
 @dataclass(frozen=True)
 class EDM2Config:
-    """An EDM2 network. Latent 512x512 models see 64x64x4 latents of Stable Diffusion's encoder.
+    """An EDM2 network; those for 512x512 see Stable Diffusion's latents.
+
+    The latents z, before Stable Diffusion's own factor, as (z - m)/(2 s) with m = (5.81, 3.25,
+    0.12, -2.15) and s = (4.17, 4.62, 3.71, 3.28).
 
     channel_mult_noise, channel_mult_emb: of the embeddings; 0: the first and the largest of
     channel_mult. Balances: t of the magnitude-preserving sums, 0 for the first operand alone.

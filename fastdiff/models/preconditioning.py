@@ -46,11 +46,11 @@ class Preconditioned(Denoiser):
     """``model(x, sigma, *cond)``: the clean sample, of x's shape and dtype.
 
     x: [B, ...] = x0 + sigma eps; sigma: [B], positive; the condition is the network's. Of a
-    network with more channels than x, the first count.
+    network with more channels than x, the first count. Where the network is in half precision,
+    EDM's code keeps x and the clean sample in float32: ``fastdiff.sample(..., dtype=float32)``.
 
     time: "sigma": the model's time is the noise level; ``fastdiff.sample`` asks for it.
-    levels: (least, most) noise the network was trained for; ``fastdiff.solvers.edm(*levels)`` is
-    the schedule within them.
+    levels: (least, most) noise of the network; ``fastdiff.sample`` stays within them.
     """
 
     time = "sigma"
@@ -66,6 +66,11 @@ class Preconditioned(Denoiser):
     @property
     def network(self) -> Denoiser:
         return cast(Denoiser, self.get_submodule(self.inner))
+
+    @property
+    def config(self) -> Any:
+        """The network's."""
+        return self.network.config
 
     def scales(self, sigma: Tensor) -> Scales:
         """The row of the table above for sigma of any shape, float64."""
@@ -101,8 +106,6 @@ class Preconditioned(Denoiser):
 class EDMPrecond(Preconditioned):
     """EDM's own. sigma_data: the deviation of the data, d."""
 
-    levels = (0.002, 80.0)
-
     def __init__(self, model: Denoiser, sigma_data: float = 0.5) -> None:
         super().__init__(model)
         self.sigma_data = _positive("sigma_data", sigma_data)
@@ -129,7 +132,7 @@ class ConsistencyPrecond(EDMPrecond):
         super().__init__(model, sigma_data)
         self.sigma_min = _positive("sigma_min", sigma_min)
         self.time_scale = _positive("time_scale", time_scale)
-        self.levels = (sigma_min, 80.0)
+        self.levels = (sigma_min, math.inf)
 
     def scales(self, sigma: Tensor) -> Scales:
         _, out, scale, noise = super().scales(sigma)
@@ -181,7 +184,8 @@ class IDDPMPrecond(Preconditioned, Exact):
     """Improved DDPM's (arXiv 2102.09672), with EDM's sigma of its timesteps (table 1).
 
     u_{j-1}^2 = (u_j^2 + 1)/max(a_{j-1}/a_j, c1) - 1, a_j = sin^2(pi/2 j/(M (c2 + 1))), u_M = 0;
-    the network is given the timestep of the nearest u. u is a buffer of the checkpoints.
+    the network is given the timestep of the nearest u. u is a buffer of the checkpoints. (EDM's
+    own code also rounds a sampler's levels to u: give ``fastdiff.sample`` those as ``sigmas``.)
     """
 
     u: Tensor

@@ -28,8 +28,9 @@ Kwargs = Mapping[str, Any]
 def schedule_for(model: Any, schedule: str | NoiseSchedule) -> NoiseSchedule:
     """The schedule with the times of ``model``: its own, or sigma for a model that is given that.
 
-    Such a model has ``time == "sigma"`` (``fastdiff.models.preconditioning``), and every sigma
-    schedule, whatever its times, serves it. ValueError for a schedule of another kind.
+    Such a model has ``time == "sigma"`` and ``levels``, the (least, most) noise it knows
+    (``fastdiff.models.preconditioning``). Every sigma schedule serves it, whatever its times, cut
+    to the levels as EDM's sampler does it. ValueError for a schedule of another kind.
     """
     schedule = get_schedule(schedule)
     if getattr(model, "time", None) != "sigma":
@@ -39,7 +40,14 @@ def schedule_for(model: Any, schedule: str | NoiseSchedule) -> NoiseSchedule:
             "schedule must be a sigma schedule ('edm', 'cm', 've') for a model that is given "
             f"sigma, got {schedule.name}"
         )
-    return replace(schedule, logarithmic=False, time_scale=1.0)
+    least, most = model.levels
+    return replace(
+        schedule,
+        sigma_min=max(schedule.sigma_min, least),
+        sigma_max=min(schedule.sigma_max, most),
+        logarithmic=False,
+        time_scale=1.0,
+    )
 
 
 def check_times(model: Any, table: SolverTable) -> None:

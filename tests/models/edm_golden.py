@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
-COMPUTED = ("resample_filter", "model.u")
+COMPUTED = ("resample_filter", "u")
 
 
 def uniform(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -52,7 +52,7 @@ def fill(module: torch.nn.Module) -> None:
     """Gives every parameter and buffer its value, but the buffers that are computed."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            if not name.endswith(COMPUTED) and name != "u":
+            if not name.endswith(COMPUTED):
                 tensor.copy_(value(name, tuple(tensor.shape)))
 
 
