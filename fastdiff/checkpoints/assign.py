@@ -72,9 +72,9 @@ def _alike(word: str, known: Iterable[str], count: int = 10) -> list[str]:
     return list(found)
 
 
-def identity(module: nn.Module) -> dict[str, Source]:
-    """The layout of a file with the module's own names."""
-    return {name: Source((name,)) for name in module.state_dict()}
+def identity(names: Iterable[str]) -> dict[str, Source]:
+    """The layout of a file with a module's own names."""
+    return {name: Source((name,)) for name in names}
 
 
 def differences(
@@ -88,8 +88,16 @@ def differences(
     layout: where each of the module's parameters is; default its own names. optional: names (with
     ``*``) that the file may have or lack.
     """
-    layout = identity(module) if layout is None else layout
-    state = module.state_dict(keep_vars=True)
+    return _differences(module.state_dict(keep_vars=True), checkpoint, layout, optional)
+
+
+def _differences(
+    state: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    layout: Layout | None,
+    optional: Collection[str],
+) -> Differences:
+    layout = identity(state) if layout is None else layout
     wanted: set[str] = set()
     wrong, absent = [], []
     for name, ours in state.items():
@@ -165,11 +173,12 @@ def assign(
     Raises ValueError with everything that differs, before anything is read or changed; what goes
     wrong while reading leaves the module as it was, too.
     """
-    differences(module, checkpoint, layout, optional).refuse(checkpoint)
-    layout = identity(module) if layout is None else layout
+    state = module.state_dict(keep_vars=True)
+    _differences(state, checkpoint, layout, optional).refuse(checkpoint)
+    layout = identity(state) if layout is None else layout
     place = torch.device("cpu" if device is None else device)
     jobs: dict[int, _Job] = {}
-    for name, ours in module.state_dict(keep_vars=True).items():
+    for name, ours in state.items():
         source = layout.get(name)
         if source is not None and _held(source, checkpoint):
             jobs.setdefault(id(ours), _Job.of(ours, source, checkpoint, place, dtype, mapped))

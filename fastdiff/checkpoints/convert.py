@@ -94,8 +94,8 @@ class _Rewritten:
     ) -> None:
         self.part, self.dtype = part, dtype
         self.state = module.state_dict()
-        self.read = part.sources() or identity(module)
-        self.write = layout or identity(module)
+        self.read = part.sources() or identity(self.state)
+        self.write = layout or identity(self.state)
         self.held = 0
         self.made: tuple[str, dict[str, Tensor]] = ("", {})
         # New name -> its name in the layout and ours; several of ours where they are its rows.

@@ -33,7 +33,7 @@ UNET = UNetConfig(
 
 def randomised(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = torch.randn_like(parameter) * 0.1
     return model
 
@@ -63,7 +63,7 @@ def made(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], str]:
 
 
 @pytest.mark.parametrize("name", ["unet", "vae", "dit", "openclip"])
-@pytest.mark.parametrize("size", ["10GB", 300_000])
+@pytest.mark.parametrize("size", ["10GB", 100_000])
 def test_there_and_back(tmp_path: Path, name: str, size: int | str) -> None:
     model, official, prefix = made(name)
     source = tmp_path / "source.safetensors"
