@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff.checkpoints.files import Checkpoint
 from fastdiff.checkpoints.writing import as_bytes, serialised, write_atomically
 from fastdiff.models.dit import DiT, DiTConfig
+from fastdiff.solvers import NoiseSchedule
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED = {"digits": DATA / "digits.safetensors"}
@@ -36,14 +37,14 @@ STORED = {
 class Sampling:
     """How a model's weights are meant to be sampled; ``fastdiff.sample`` reads the first four.
 
-    schedule: name of the noise schedule it was trained with. prediction: what it outputs.
+    schedule: the noise schedule it was trained with, or its name. prediction: what it outputs.
     grid: the time grid to sample on. "leading" by default because it starts below t = T-1, where a
         cosine schedule has alpha = 5e-5 and an eps model's x0 = (x - sigma eps)/alpha explodes.
     shape: (C, H, W) of one image. guidance_scale: a good default for class-conditional pictures.
     value_range: of the training images.
     """
 
-    schedule: str = "cosine"
+    schedule: str | NoiseSchedule = "cosine"
     prediction: str = "eps"
     grid: str = "leading"
     shape: tuple[int, int, int] = (1, 8, 8)

@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdiff import images as pictures
+from fastdiff.checkpoints.lora import apply_lora, remove_lora, set_lora_scale
 from fastdiff.compiler import compile as compile_model
 from fastdiff.models.autoencoder import Gaussian
+from fastdiff.models.unet import Encoder
 from fastdiff.pipelines.control import Concatenated, scales_of
 from fastdiff.pipelines.job import Job
 from fastdiff.pipelines.prompts import Conditioner
@@ -117,6 +119,27 @@ class Pipeline:
         for module in self.modules().values():
             module.to(*args, **kwargs)
         return self
+
+    def load_lora(self, file: Any, scale: float = 1.0, **options: Any) -> str:
+        """A LoRA into the denoiser and the text encoders; returns its name for ``remove_lora``.
+
+        See :func:`fastdiff.checkpoints.lora.apply_lora` for the options and what is read.
+        """
+        return apply_lora(self._adapted(), file, scale, **options)
+
+    def remove_lora(self, name: str) -> None:
+        """Takes a LoRA out again."""
+        remove_lora(self._adapted(), name)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Another scale for a LoRA that is in."""
+        set_lora_scale(self._adapted(), name, scale)
+
+    def _adapted(self) -> dict[str, nn.Module]:
+        """The modules that LoRA files are for, by the names these have for them."""
+        kind = "unet" if isinstance(self.denoiser, Encoder) else "transformer"
+        encoders = {} if self.conditioner is None else self.conditioner.encoders
+        return {kind: self.denoiser, **{name: e.model for name, e in encoders.items()}}
 
     def compile(self, **options: Any) -> Pipeline:
         """``fastdiff.compile`` of the denoiser with these options, and of the autoencoder."""

@@ -93,12 +93,18 @@ def in_programs(model: Callable[..., Any], *times: Sequence[Tensor]) -> Callable
     to see its calls, the model itself."""
     from fastdiff.models.denoiser import Denoiser
 
-    if not isinstance(model, Denoiser) or type(model).forward is not Denoiser.forward:
+    if not isinstance(model, Denoiser) or not _forward_is_programs(type(model)):
         return model
     hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model)
     if hooked or model._compiled_call_impl is not None or _globally_hooked():
         return model
     return ThreePrograms(model, *times)
+
+
+def _forward_is_programs(kind: type) -> bool:
+    """Whether ``forward`` comes with the programs: a subclass that overrides it alone is called."""
+    owner = next(one for one in kind.__mro__ if "forward" in vars(one))
+    return "step" in vars(owner)
 
 
 def _globally_hooked() -> bool:

@@ -264,7 +264,7 @@ def dit() -> Any:
         num_layers=2,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,  # DiTPipeline's label for none
         norm_eps=1e-6,
     )
     randomise(transformer, 7)

@@ -127,3 +127,15 @@ def test_hooks_of_the_module_see_its_calls() -> None:
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     sample(model, (2, 4, 5, 5), **RUN)
     assert len(seen) == 12
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_called() -> None:
+    class Halved(Toy):
+        def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+            return super().forward(x, t, **cond) / 2
+
+    model = Halved()
+    result = sample(model, (2, 4, 5, 5), **RUN)
+    assert model.calls["prompt"] == 12
+    expected = sample(lambda x, t, **cond: Toy().forward(x, t, **cond) / 2, (2, 4, 5, 5), **RUN)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)

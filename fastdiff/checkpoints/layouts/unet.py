@@ -13,6 +13,7 @@ import torch
 from fastdiff.checkpoints.family import Family, Layout, Shapes, Source
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_configs import CONFIGS, EncoderConfig, UNetConfig
+from fastdiff.solvers.schedules import cosine, linear
 
 C = TypeVar("C", bound=EncoderConfig)
 
@@ -378,6 +379,25 @@ def recognise(shapes: Shapes) -> UNetConfig | None:
         return None
 
 
+def sampling(config: UNetConfig) -> dict[str, Any]:
+    """The schedule the public models were trained on, as their repositories' flags say.
+
+    Stable Diffusion's for models with a text, ADM's for the others; improved-diffusion has 4,000
+    steps (its linear betas are then a quarter), and the small models are on the cosine schedule.
+    """
+    if config.context_dim is not None:
+        return {"schedule": "scaled_linear", "prediction": "eps", "guidance_scale": 7.5}
+    name = FAMILY.config_name(config) or ""
+    schedule: Any = "linear"
+    if name in ("improved-cifar10", "improved-imagenet64", "improved-imagenet64-cond"):
+        schedule = cosine(4000)
+    elif name == "improved-64-256-upsampler":
+        schedule = linear(4000, 2.5e-5, 0.005)
+    elif name == "adm-64":
+        schedule = "cosine"
+    return {"schedule": schedule, "prediction": "eps"}
+
+
 FAMILY = Family(
     name="unet",
     configs=CONFIGS,
@@ -388,4 +408,5 @@ FAMILY = Family(
     diffusers=diffusers,
     from_diffusers=from_diffusers,
     to_diffusers=to_diffusers,
+    sampling=sampling,
 )
