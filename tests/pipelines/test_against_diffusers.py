@@ -25,9 +25,7 @@ pytestmark = [
 ]
 B = folders.BETAS
 SCHEDULERS = {
-    "ddim": diffusers.DDIMScheduler(
-        **B, clip_sample=False, steps_offset=1, set_alpha_to_one=False
-    ),
+    "ddim": diffusers.DDIMScheduler(**B, clip_sample=False, steps_offset=1, set_alpha_to_one=False),
     "pndm": folders.pndm(),
     "euler": folders.euler(),
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler(**B),
@@ -87,9 +85,7 @@ def test_stable_diffusion_with_every_kind_of_scheduler(scheduler: str, tmp_path:
     other = reference(diffusers.StableDiffusionInpaintPipeline, folder)
     for strength in (0.6, 1.0):
         given = {"image": picture(), "strength": strength, "generator": generator()}
-        expected = other(
-            "a cat", mask_image=mask(), height=32, width=32, **given, **theirs
-        ).images
+        expected = other("a cat", mask_image=mask(), height=32, width=32, **given, **theirs).images
         given["generator"] = generator()
         assert_same(pipe("a cat", mask=mask(), **given, **ours).latents, expected)
 
