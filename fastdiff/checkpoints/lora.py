@@ -70,8 +70,9 @@ def apply_lora(
     name: what ``remove_lora`` and ``set_lora_scale`` call it; default the file's name without its
         ending, with a number where that is taken.
     fused: adds to the weights in place, once, computed in float32 and rounded to their dtype. Not
-        fused: the weights stay; the same sum is computed whenever they are read. In eager mode that costs each call; after ``fastdiff.compile`` only the first one and
-        those after a change of the scale, and the memory of the changed weights.
+        fused: the weights stay; the same sum is computed whenever they are read. In eager mode that
+        costs each call; after ``fastdiff.compile`` only the first one and those after a change of
+        the scale, and the memory of the changed weights.
     keep_originals: copies the weights before they are changed, so that ``remove_lora`` gives back
         their bits; without it they come back within rounding. For fused ones.
     skip: names of models for which the file may have tensors that are left out.
