@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints.assign import identity, window_of
+from fastdiff.checkpoints.assign import window_of
 from fastdiff.checkpoints.detect import CONFIG, Component, describe
+from fastdiff.checkpoints.differences import identity
 from fastdiff.checkpoints.family import Layout, Source
 from fastdiff.checkpoints.writing import NAMES, serialised, write_atomically
 

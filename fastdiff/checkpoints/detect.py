@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.checkpoints.assign import Differences, differences
+from fastdiff.checkpoints import roles
+from fastdiff.checkpoints.differences import Differences, differences
 from fastdiff.checkpoints.empty import build_empty
 from fastdiff.checkpoints.family import Family, Layout
 from fastdiff.checkpoints.files import Checkpoint, find_weights
@@ -25,43 +26,6 @@ from fastdiff.models.weights import METADATA_KEY, Sampling, read_own
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
-# The names of a single file's parts in diffusers' pipelines, by the beginning of their tensors'
-# names, else by the family.
-ROLES_BY_PREFIX = (
-    ("cond_stage_model.", "text_encoder"),
-    ("conditioner.embedders.0.model.", "text_encoder_2"),  # SDXL's refiner has only that one
-    ("conditioner.embedders.0.", "text_encoder"),
-    ("conditioner.embedders.1.", "text_encoder_2"),
-    ("text_encoders.clip_l.", "text_encoder"),
-    ("text_encoders.clip_g.", "text_encoder_2"),
-    ("text_encoders.t5xxl.", "text_encoder_3"),
-)
-ROLES = {
-    **dict.fromkeys(("unet", "edm", "edm2"), "unet"),
-    "controlnet": "controlnet",
-    "autoencoder": "vae",
-    **dict.fromkeys(("clip", "clip_sd3_l", "openclip_h"), "text_encoder"),
-    **dict.fromkeys(("clip_sd3_g", "openclip_g"), "text_encoder_2"),
-    "t5": "text_encoder_3",
-}
-# What training leaves in a single file besides the model.
-LEFTOVERS = (
-    "model_ema.*",
-    "first_stage_model.loss.*",
-    "loss.*",
-    "betas",
-    "alphas_cumprod*",
-    "sqrt_*alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "posterior_*",
-    "lvlb_weights",
-    "logvar",
-    "scale_factor",
-    "global_step",
-    "denoiser.sigmas",
-    "*.logit_scale",
-)
 # What an autoencoder's tensors do not tell.
 SCALE = ("scaling", "shift", "force_upcast", "sample_size")
 LARGEST = 2**20  # of the numbers in a config.json
@@ -206,7 +170,9 @@ def _component(folder: Path, variant: str | None) -> Component:
     if len(renewed) < len(checkpoint):
         twice = sorted(set(checkpoint) - set(renewed.values()))
         raise ValueError(f"{checkpoint.path} must have each tensor once, got also {twice[0]}")
-    return Component(_role(family, ""), family, config, "diffusers", checkpoint.part(renewed))
+    return Component(
+        roles.role_of(family, ""), family, config, "diffusers", checkpoint.part(renewed)
+    )
 
 
 def _check_counts(entries: Mapping[str, Any], tensors: int) -> None:
@@ -227,7 +193,7 @@ def _renewed(name: str, older: Mapping[str, str]) -> str:
 
 def _single_file(path: Path, checkpoint: Checkpoint) -> Description:
     """The parts of a file, by the beginnings of the names; a name is of its longest beginning."""
-    ignored = [name for name in checkpoint if any(fnmatchcase(name, p) for p in LEFTOVERS)]
+    ignored = [name for name in checkpoint if any(fnmatchcase(name, p) for p in roles.LEFTOVERS)]
     left = dict.fromkeys(name for name in checkpoint if name not in set(ignored))
     known = {prefix for family in families() for prefix in family.prefixes} | {""}
     components: dict[str, Component] = {}
@@ -241,19 +207,16 @@ def _single_file(path: Path, checkpoint: Checkpoint) -> Description:
                 continue
             config = _recognise(family, part)
             if config is not None:
-                role = _role(family, prefix)
+                role = roles.role_of(family, prefix)
                 components[role] = Component(role, family, config, "official", part, prefix)
                 for name in names.values():
                     del left[name]
                 break
     problems = tuple(f"unknown {name}" for name in left)
-    components = _with_scale({role: components[role] for role in sorted(components, key=_order)})
+    components = _with_scale(
+        {role: components[role] for role in sorted(components, key=roles.order)}
+    )
     return Description(path, "file", components, ignored=tuple(ignored), problems=problems)
-
-
-def _order(role: str) -> tuple[bool, bool, str]:
-    """Denoisers, then the autoencoder, then the text encoders."""
-    return role.startswith("text"), role == "vae", role
 
 
 def _with_scale(components: dict[str, Component]) -> dict[str, Component]:
@@ -278,11 +241,6 @@ def _recognise(family: Family, part: Checkpoint) -> Any:
         return family.recognise(part.shapes)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError):
         return None  # shapes that are no model's
-
-
-def _role(family: Family, prefix: str) -> str:
-    by_prefix = next((role for start, role in ROLES_BY_PREFIX if prefix.startswith(start)), None)
-    return by_prefix or ROLES.get(family.name, "transformer")
 
 
 def _family_of(class_name: Any) -> Family | None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from fastdiff.checkpoints.assign import Differences
 from fastdiff.checkpoints.detect import Component, describe
+from fastdiff.checkpoints.differences import Differences
 
 SHOWN = 20  # differences of one component in the text
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastdiff.checkpoints import hub
-from fastdiff.checkpoints.assign import assign, dominant_dtype, nearest
+from fastdiff.checkpoints.assign import assign, dominant_dtype
 from fastdiff.checkpoints.detect import Component, Description, describe
+from fastdiff.checkpoints.differences import nearest
 from fastdiff.checkpoints.header import refuse_pickle
 from fastdiff.checkpoints.sampling import sampling_of
 from fastdiff.models.denoiser import Denoiser

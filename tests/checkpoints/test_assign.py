@@ -12,8 +12,9 @@ import torch
 import toys
 from safetensors.torch import save_file
 
-from fastdiff.checkpoints.assign import assign, differences, dominant_dtype, nearest
+from fastdiff.checkpoints.assign import assign, dominant_dtype
 from fastdiff.checkpoints.convert import _Rewritten
+from fastdiff.checkpoints.differences import differences, nearest
 from fastdiff.checkpoints.empty import build_empty
 from fastdiff.checkpoints.family import Family, written
 from fastdiff.checkpoints.files import Checkpoint
