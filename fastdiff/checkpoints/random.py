@@ -110,6 +110,7 @@ def write_pipeline(
     _write_single(single, pipe, dtype, seed, configs or {})
     place = target / name
     index: dict[str, Any] = {"_class_name": pipe.kind, "_diffusers_version": "0.35.0"}
+    place.mkdir(exist_ok=True)
     for part in pipe.parts:
         convert(single, place / part.folder, component=part.folder)
         index[part.folder] = list(part.classes)

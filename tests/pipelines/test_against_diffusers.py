@@ -203,7 +203,7 @@ def test_class_conditional(saved: Any, loaded: Any) -> None:
     result = pipe([3, 5], steps=10, guidance_scale=4.0, solver="ddim", generator=generator())
     for image, expected in zip(result.images or [], shown, strict=True):
         assert np.abs(np.asarray(image) / 255.0 - expected).max() <= 0.6 / 255
-    with pytest.raises(ValueError, match="prompt must be in 0..999, got 1000"):
+    with pytest.raises(ValueError, match=r"prompt must be in 0\.\.999, got 1000"):
         pipe([1000])
 
 
