@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import lora_live
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.layouts import families
-from fastdiff.checkpoints.lora_files import TEXT_ENCODERS, Model, Patch, resolve
+from fastdiff.checkpoints.lora_files import TEXT_ENCODERS, Model, Patch, added, resolve
 
 Models = nn.Module | Mapping[str, nn.Module]
 
@@ -70,9 +70,9 @@ def apply_lora(
     name: what ``remove_lora`` and ``set_lora_scale`` call it; default the file's name without its
         ending, with a number where that is taken.
     fused: adds to the weights in place, once, computed in float32 and rounded to their dtype. Not
-        fused: the weights stay; what is added is computed, with the same bits, whenever they are
-        read. In eager mode that costs each call; after ``fastdiff.compile`` only the first one and
-        those after a change of the scale, and the memory of the changed weights.
+        fused: the weights stay; the same sum is computed whenever they are read. In eager mode that
+        costs each call; after ``fastdiff.compile`` only the first one and those after a change of
+        the scale, and the memory of the changed weights.
     keep_originals: copies the weights before they are changed, so that ``remove_lora`` gives back
         their bits; without it they come back within rounding. For fused ones.
     skip: names of models for which the file may have tensors that are left out.
@@ -204,9 +204,8 @@ def _shift(parameter: Tensor, patch: Patch, scale: float) -> None:
     """Adds a patch in place."""
     with torch.no_grad(), torch.inference_mode(parameter.is_inference()):
         rows = parameter.detach().narrow(0, patch.first, patch.up.shape[0])
-        delta = patch.delta(parameter)
-        strength = torch.tensor(scale * patch.ratio, dtype=torch.float64).to(delta)
-        rows.copy_(rows.to(delta.dtype) + delta * strength)
+        strength = torch.tensor(scale * patch.ratio, dtype=torch.float64)
+        rows.copy_(added(rows, patch.down, patch.up, strength))
 
 
 def own(module: nn.Module, name: str) -> Tensor:

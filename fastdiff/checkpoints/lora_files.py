@@ -74,17 +74,13 @@ class Patch:
     first: int = 0
     ratio: float = 1.0
 
-    def delta(self, like: Tensor) -> Tensor:
-        """up @ down [rows, ...], on the device of the parameter and in float32 or its wider
-        dtype."""
-        return product(self.down, self.up, like)
 
-
-def product(down: Tensor, up: Tensor, like: Tensor) -> Tensor:
-    """up @ down in the shape of ``like`` but for the rows, in float32 or like's wider dtype."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    down, up = (factor.to(like.device, wide) for factor in (down, up))
-    return (up @ down).view(up.shape[0], *like.shape[1:])
+def added(rows: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> Tensor:
+    """rows + strength * up @ down, in float32 or the wider dtype of ``rows``."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    down, up = (factor.to(rows.device, wide) for factor in (down, up))
+    flat = rows.to(wide).flatten(1)
+    return torch.addmm(flat, up * strength.to(up), down).view(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Place:
         elif self.how == "part":
             up = up[slice(*self.of)]
         elif self.how == "transposed":
-            down, up = up.t(), down.t()
+            down, up = up.t().contiguous(), down.t().contiguous()
         return Patch(self.parameter, down, up, self.first, ratio)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints.lora_files import Patch, product
+from fastdiff.checkpoints.lora_files import Patch, added
 
 # The attribute with what is added: parameter -> [(the buffers' first part, first row), ...].
 ADDED = "lora_added"
@@ -37,12 +37,10 @@ def effective(module: nn.Module, parameter: str) -> Tensor:
         assert down is not None
         assert up is not None
         assert strength is not None
-        delta = product(down, up, weight) * strength.to(result.dtype)
-        after = weight.shape[0] - first - up.shape[0]
-        if first or after:
-            above, below = (delta.new_zeros(n, *delta.shape[1:]) for n in (first, after))
-            delta = torch.cat([above, delta, below])
-        result = result + delta
+        end = first + up.shape[0]
+        rows = added(result[first:end], down, up, strength)
+        whole = rows.shape == result.shape
+        result = rows if whole else torch.cat([result[:first], rows, result[end:]])
     return result.to(weight.dtype)
 
 
@@ -55,13 +53,13 @@ def _kind(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Module]:
 
     def _apply(self: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the factors; a change of the weights' dtype is not theirs."""
-        names = [
+        buffers = [
             n
-            for added in getattr(self, ADDED).values()
-            for name, _ in added
+            for names in getattr(self, ADDED).values()
+            for name, _ in names
             for n in (f"{name}_down", f"{name}_up", f"{name}_strength")
         ]
-        before = {name: self._buffers[name] for name in names}
+        before = {name: self._buffers[name] for name in buffers}
         base._apply(self, function, recurse)
         for name, value in before.items():
             self._buffers[name] = value.to(self._buffers[name].device)
@@ -76,8 +74,8 @@ def add(module: nn.Module, parameter: str, number: int, patch: Patch, strength: 
     """Adds a patch to a module's own parameter; returns the first part of its buffers' names."""
     weight = module._parameters[parameter]
     assert weight is not None
-    added = {key: list(value) for key, value in getattr(module, ADDED, {}).items()}
-    name = f"lora_{number}_{parameter}_{len(added.get(parameter, ()))}"
+    table = {key: list(value) for key, value in getattr(module, ADDED, {}).items()}
+    name = f"lora_{number}_{parameter}_{len(table.get(parameter, ()))}"
     tensors = {
         "down": patch.down,
         "up": patch.up,
@@ -87,25 +85,25 @@ def add(module: nn.Module, parameter: str, number: int, patch: Patch, strength: 
         for part, tensor in tensors.items():
             value = tensor.detach().to(weight.device, copy=True).contiguous()
             module.register_buffer(f"{name}_{part}", value, persistent=False)
-    added.setdefault(parameter, []).append((name, patch.first))
-    _set(module, added)
+    table.setdefault(parameter, []).append((name, patch.first))
+    _set(module, table)
     return name
 
 
 def drop(module: nn.Module, parameter: str, name: str) -> None:
     """Takes one patch away again."""
-    added = {key: list(value) for key, value in getattr(module, ADDED).items()}
-    added[parameter] = [(other, first) for other, first in added[parameter] if other != name]
-    _set(module, {key: value for key, value in added.items() if value})
+    table = {key: list(value) for key, value in getattr(module, ADDED).items()}
+    table[parameter] = [(other, first) for other, first in table[parameter] if other != name]
+    _set(module, {key: value for key, value in table.items() if value})
     for part in ("down", "up", "strength"):
         delattr(module, f"{name}_{part}")
 
 
-def _set(module: nn.Module, added: dict[str, list[tuple[str, int]]]) -> None:
+def _set(module: nn.Module, table: dict[str, list[tuple[str, int]]]) -> None:
     base: Any = getattr(type(module), "lora_base", type(module))
-    if added:
-        setattr(module, ADDED, added)
-        module.__class__ = _kind(base, frozenset(added))
+    if table:
+        setattr(module, ADDED, table)
+        module.__class__ = _kind(base, frozenset(table))
     else:
         module.__class__ = base
         delattr(module, ADDED)
