@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastdiff._version import __version__
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from fastdiff.models import DiT
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+# Of models of classes; pipelines have defaults of their own.
+SOLVER, STEPS = "best_linear", 20
 
 EXAMPLES = """examples:
   fastdiff sample                          four rows of the digits 0-9 in digits.png
   fastdiff sample --labels 3,1,4 --rows 1 --seed 7 --out pi.png
   fastdiff sample --solver ddim --steps 50 --guidance-scale 2
+  fastdiff sample --model sd15/ --prompt "a lighthouse" --out lighthouse.png
   fastdiff evaluate                        quality of 1,000 samples against real digits
   fastdiff inspect model.safetensors       what a checkpoint is, and whether it is complete
   fastdiff solvers plot                    how exact each solver is, in solvers.png
@@ -76,6 +79,8 @@ def _labels(text: str) -> list[int]:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; ``args.run(args)`` returns the exit code."""
     from fastdiff.cli_checkpoints import add_checkpoint_commands
+    from fastdiff.cli_pictures import EXAMPLES as PICTURE_EXAMPLES
+    from fastdiff.cli_pictures import add_picture_commands, add_picture_options
     from fastdiff.cli_solvers import add_solvers_command
     from fastdiff.environment import add_doctor_command
 
@@ -92,14 +97,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser(
         "sample",
-        help="draw a labelled grid of images",
-        description="Draws --rows images of each label, one column per label, into one PNG. "
-        "The settings and the seed are stored in the PNG's text entries.",
-        epilog=EXAMPLES,
+        help="draw pictures of prompts, or a labelled grid of classes",
+        description="Of a pipeline: draws each prompt into a PNG of its own. Of a class model such "
+        "as digits: draws --rows images of each label, one column per label, into one PNG. The "
+        "settings and the seed are stored in the PNG's text entries.",
+        epilog=PICTURE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model_arguments(sample)
-    sample.add_argument("--out", default="digits.png", help="the PNG (default %(default)s)")
+    sample.add_argument("--out", help="the PNG (default: digits.png, or picture.png of a prompt)")
     sample.add_argument(
         "--labels", type=_labels, help="class numbers, such as 3,1,4 (default: the first ten)"
     )
@@ -112,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=6,
         help="each pixel becomes SCALE x SCALE (default %(default)s)",
     )
+    add_picture_options(sample, _integer)
     sample.set_defaults(run=run_sample)
+    add_picture_commands(commands, _integer, _add_model_arguments)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -137,14 +145,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        default="digits",
-        help="'digits', a .safetensors file or a folder with one (default %(default)s)",
+        help="'digits', a .safetensors file, a folder or a hub's owner/name (default digits)",
     )
     parser.add_argument(
-        "--solver", default="best_linear", help="name of the solver (default %(default)s)"
+        "--solver",
+        help="name of the solver (default: best_linear, or what distilled and flow models need)",
     )
     parser.add_argument(
-        "--steps", type=_integer(1, 1000), default=20, help="model evaluations (default 20)"
+        "--steps", type=_integer(1, 1000), help="model evaluations (default 20; 4 when distilled)"
     )
     parser.add_argument(
         "--guidance-scale",
@@ -154,14 +162,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=_integer(0, 2**63 - 1),
-        default=0,
-        help="image i uses seed + i (default 0)",
+        help="image i uses seed + i (default 0; of a prompt a new one, which is printed)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _load(args: argparse.Namespace) -> DiT:
+def load_model(args: argparse.Namespace) -> Any:
     """The model on its device. Raises ValueError naming the option for each thing wrong."""
     import torch
 
@@ -169,7 +176,7 @@ def _load(args: argparse.Namespace) -> DiT:
     from fastdiff.solvers.registry import get_solver
 
     try:
-        get_solver(args.solver)
+        get_solver(args.solver or SOLVER)
     except ValueError as error:
         raise ValueError(_as_option("solver", error)) from error
     try:
@@ -178,10 +185,29 @@ def _load(args: argparse.Namespace) -> DiT:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device must be usable here, got {args.device!r} ({reason})") from error
+    dtype = getattr(args, "dtype", None)
+    options = {"dtype": getattr(torch, dtype)} if dtype else {}
+    args.model = args.model or "digits"
     try:
-        return load(args.model, device=device)
+        return load(
+            args.model, device=device, tokenizers=getattr(args, "tokenizers", None), **options
+        )
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(_as_option("name_or_path", error, "model")) from error
+
+
+def _class_model(args: argparse.Namespace, loaded: Any = None) -> DiT:
+    """A model of classes and pixels, as the grid and the evaluation want it."""
+    from fastdiff.models import DiT
+
+    model = load_model(args) if loaded is None else loaded
+    if not isinstance(model, DiT):
+        raise ValueError(
+            f"--model must be a DiT of pixels for {args.command}, got {type(model).__name__}"
+        )
+    args.solver, args.seed = args.solver or SOLVER, args.seed or 0
+    args.steps = args.steps or STEPS
+    return model
 
 
 def _as_option(argument: str, error: Exception, option: str | None = None) -> str:
@@ -196,12 +222,24 @@ def _as_option(argument: str, error: Exception, option: str | None = None) -> st
 def run_sample(args: argparse.Namespace) -> int:
     """Draws the grid and writes the PNG; 0 when it is there."""
     from fastdiff import images
+    from fastdiff.cli_pictures import draw, take_settings
 
+    found = None
+    if args.prompt or args.like or (args.model or "digits") != "digits":
+        from fastdiff.pipelines import Pipeline
+
+        take_settings(args)
+        found = load_model(args)
+        if isinstance(found, Pipeline):
+            return draw(found, args)
+        if args.prompt:
+            raise ValueError(f"--prompt must be for a pipeline, got a {type(found).__name__}")
+    args.out = args.out or "digits.png"
     try:
         path = images.check_writable(args.out)
     except ValueError as error:
         raise ValueError(_as_option("path", error, "out")) from error
-    model = _load(args)
+    model = _class_model(args, found)
     from fastdiff.pipelines import sample_classes
 
     sampling = model.sampling
@@ -250,7 +288,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from fastdiff.evaluation import evaluate
 
     report = evaluate(
-        _load(args),
+        _class_model(args),
         samples=args.samples,
         solver=args.solver,
         steps=args.steps,
@@ -273,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = args.run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted, nothing written", file=sys.stderr)
+    except KeyboardInterrupt as leaving:
+        print(f"{prog}: interrupted, {str(leaving) or 'nothing written'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -90,7 +90,10 @@ def _recipe(denoiser: Any, found: Description) -> Recipe:
             recipe = replace(recipe, dynamic=FLUX_DYNAMIC)
     else:
         sampling = denoiser.sampling
-        recipe = Recipe(get_schedule(sampling.schedule), sampling.prediction)
+        # Stable Diffusion's own grids of whole timesteps begin at 1.
+        offset = int(getattr(denoiser.config, "context_dim", None) is not None)
+        schedule = get_schedule(sampling.schedule)
+        recipe = Recipe(schedule, sampling.prediction, steps_offset=offset)
     return replace(recipe, warp="flux") if isinstance(denoiser, Flux) else recipe
 
 
