@@ -10,10 +10,12 @@ the same numbers, which are drawn so that signals keep their size on the way thr
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints.convert import convert
 from fastdiff.checkpoints.empty import build_empty
-from fastdiff.checkpoints.family import Family, Source
+from fastdiff.checkpoints.family import Family, Layout, written
 from fastdiff.checkpoints.layouts import families
 from fastdiff.checkpoints.tokenizers import write_clip_tokenizer
 from fastdiff.checkpoints.writing import serialised, write_atomically
@@ -100,7 +102,8 @@ def write_pipeline(
     """Writes (the single file, diffusers' folder) of a pipeline of PIPELINES into ``folder``.
 
     configs: other configurations by the parts' folders, for small ones. Memory holds about one
-    tensor at a time. ValueError for an unknown name; OSError where it cannot write.
+    tensor at a time, and a text encoder. ValueError for an unknown name; OSError where it cannot
+    write.
     """
     if name not in PIPELINES:
         raise ValueError(f"name must be one of {', '.join(PIPELINES)}, got {name!r}")
@@ -136,28 +139,39 @@ def _write_single(
     path: Path, pipe: Pipe, dtype: torch.dtype, seed: int, configs: Mapping[str, Any]
 ) -> None:
     about: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    makers: dict[str, tuple[str, Source, tuple[int, ...]]] = {}
+    makers: dict[str, Callable[[], Tensor]] = {}
     for part in pipe.parts:
         family = _family(part.family)
         config = configs.get(part.folder, family.configs[part.config])
         module = build_empty(family.build, config)
         layout = family.layout("official", config)
-        for name, value in module.state_dict().items():
-            if not value.is_floating_point() or (layout is not None and name not in layout):
-                continue
-            source = Source((name,)) if layout is None else layout[name]
-            shape = tuple(value.shape)
-            for key, piece in source.write(torch.empty(shape, device="meta")).items():
-                about[part.prefix + key] = (dtype, tuple(piece.shape))
-                makers[part.prefix + key] = (name, source, shape)
+        state = {k: v for k, v in module.state_dict().items() if v.is_floating_point()}
+        if layout is None:
+            shapes = {name: tuple(value.shape) for name, value in state.items()}
+            made = {name: partial(drawn, name, shape, seed) for name, shape in shapes.items()}
+        else:
+            blank = {name: torch.empty_like(state[name], device="meta") for name in layout}
+            shapes = {name: tuple(v.shape) for name, v in written(layout, blank).items()}
+            whole = functools.cache(partial(_in_layout, layout, blank, seed, dtype))
+            made = {name: partial(_take, whole, name) for name in shapes}
+        about |= {part.prefix + name: (dtype, shape) for name, shape in shapes.items()}
+        makers |= {part.prefix + name: make for name, make in made.items()}
 
     def tensor(key: str) -> Tensor:
-        name, source, shape = makers[key]
-        values = source.write(drawn(name, shape, seed))
-        found = next(value for own, value in values.items() if key.endswith(own))
-        return found.to(dtype).contiguous()
+        return makers[key]().to(dtype).contiguous()
 
     write_atomically(path, serialised(about, tensor, {"format": "pt"}))
+
+
+def _in_layout(
+    layout: Layout, blank: Mapping[str, Tensor], seed: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    state = {name: drawn(name, value.shape, seed).to(dtype) for name, value in blank.items()}
+    return written(layout, state)
+
+
+def _take(whole: Callable[[], dict[str, Tensor]], name: str) -> Tensor:
+    return whole()[name]
 
 
 def drawn(name: str, shape: Sequence[int], seed: int = 0) -> Tensor:

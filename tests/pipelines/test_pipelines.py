@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import folders
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ from PIL import Image
 
 import fastdiff
 from fastdiff import images
+from fastdiff.checkpoints.layouts.text import ClipConfig
 from fastdiff.checkpoints.random import PIPELINES, write_pipeline
+from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.unet_configs import UNetConfig
 from fastdiff.pipelines import Control, enlarge, interpolate, invert, slerp
 from fastdiff.pipelines.recipes import Recipe
 from fastdiff.sampling import sample
@@ -148,28 +153,47 @@ def test_previews_and_callbacks(loaded: Any) -> None:
     torch.testing.assert_close(result.latents, plain.latents, rtol=1e-4, atol=1e-4)
 
 
-def test_a_single_file_is_the_folder(tmp_path: Path) -> None:
-    from fastdiff.checkpoints.layouts import families
-    from fastdiff.checkpoints.layouts.text import ClipConfig
-    from fastdiff.models.autoencoder import AutoencoderConfig
-    from fastdiff.models.unet_configs import UNetConfig
-
-    assert {family.name for family in families()} >= {p.family for p in PIPELINES["sd15"].parts}
-    small = {
-        "unet": UNetConfig(channels=(32, 64), depths=(1, 0), num_heads=(8, 8), num_res_blocks=1),
+def small(name: str) -> dict[str, Any]:
+    """Configurations of the public files' names, in sizes that shapes tell again."""
+    unet = UNetConfig(channels=(32, 64), depths=(1, 0), num_heads=(8, 8), num_res_blocks=1)
+    parts: dict[str, Any] = {
+        "unet": unet,
         "vae": AutoencoderConfig(widths=(32, 32), num_res_blocks=1),
         "text_encoder": ClipConfig(inner=64, layers=2),
     }
-    single, folder = write_pipeline("sd15", tmp_path, dtype=torch.float32, configs=small)
+    if name == "sdxl":
+        more = {"num_heads": (1, 1), "linear_projections": True, "vector_dim": 1280 + 6 * 256}
+        parts["unet"] = replace(unet, channels=(64, 64), context_dim=2048, **more)
+        parts["text_encoder_2"] = ClipConfig(1280, 64, 2, 20, "gelu", projection=1280)
+    return parts
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_single_file_is_the_folder(name: str, tmp_path: Path) -> None:
+    configs = small(name)
+    single, folder = write_pipeline(name, tmp_path, dtype=torch.float32, configs=configs)
     first = fastdiff.load(single, tokenizers=folder)
     second = fastdiff.load(folder)
+    assert first.modules().keys() == second.modules().keys() >= {"denoiser", "autoencoder"}
     for part, module in second.modules().items():
         state = first.modules()[part].state_dict()
-        for name, value in module.state_dict().items():
-            assert torch.equal(state[name], value), (part, name)
+        for tensor, value in module.state_dict().items():
+            assert torch.equal(state[tensor], value), (part, tensor)
     arguments = {"seed": 1, "width": 32, "height": 32, "solver": "ddim", **LATENT}
     a, b = (pipe("a cat", **arguments).latents for pipe in (first, second))
     torch.testing.assert_close(a, b)
+    kind = diffusers.DiffusionPipeline.from_pretrained(folder)
+    kind.set_progress_bar_config(disable=True)
+    kind.scheduler = diffusers.DDIMScheduler.from_config(
+        kind.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    sizes = {"height": 32, "width": 32, "latents": start}
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
+    expected = kind("a cat", **sizes, **options).images
+    result = second("a cat", **sizes, **LATENT, guidance_scale=5.0, solver="ddim").latents
+    scale = max(1.0, float(expected.abs().max()))
+    assert float((result - expected).abs().max()) <= 1e-4 * scale
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         without = fastdiff.load(single)
@@ -257,7 +281,6 @@ def test_slerp_goes_along_the_arc() -> None:
 
 def test_an_upsampler_sees_the_enlarged_picture() -> None:
     from fastdiff.models.unet import UNet
-    from fastdiff.models.unet_configs import UNetConfig
 
     config = UNetConfig(
         in_channels=6, out_channels=6, channels=(32, 32), depths=(0, 0), middle_depth=1,
