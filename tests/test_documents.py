@@ -42,7 +42,7 @@ def test_readme_example_runs():
 
 def test_readmes_other_examples_run(capsys):
     diffusers = pytest.importorskip("diffusers")
-    _, own_model, denoiser, guided, pipeline, compiling = blocks("README.md")
+    _, _, own_model, denoiser, guided, pipeline, compiling = blocks("README.md")
     names: dict = {}
     exec(compile(own_model, "README.md", "exec"), names)
     assert names["latents"].shape == (2, 4, 64, 64)

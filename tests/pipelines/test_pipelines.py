@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -320,3 +322,20 @@ def test_a_lora_of_a_pipeline(loaded: Any) -> None:
     torch.testing.assert_close(pipe("a cat", seed=1, **LATENT).latents, before)
     pipe.remove_lora(name)
     assert torch.equal(pipe("a cat", seed=1, **LATENT).latents, before)
+
+
+def test_the_readmes_pictures(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = (one for one in re.findall(r"```python\n(.*?)```", text, re.S) if "Control(" in one)
+    shutil.copytree(saved("sd"), tmp_path / "stable-diffusion-v1-5")
+    folders.controlnet(4).save_pretrained(tmp_path / "canny")
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = {f"{key}.lora_A.weight": torch.ones(2, 64), f"{key}.lora_B.weight": torch.ones(64, 2)}
+    save_file(lora, tmp_path / "style.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {"mask": picture().convert("L"), "edges": picture()}
+    exec(compile(code, "README.md", "exec"), names)
+    assert images.read_settings("sea-001.png")["prompt"] == "a harbour"
+    assert names["pipe"].denoiser._compiled_call_impl is not None
