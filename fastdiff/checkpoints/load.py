@@ -72,7 +72,7 @@ def load(
     }
     if len(made) == 1 and (component is not None or found.kind != "pipeline"):
         return next(iter(made.values()))
-    from fastdiff.pipelines.assemble import assemble
+    from fastdiff.pipelines.components import assemble
 
     return assemble(made, found, tokenizers=tokenizers)
 

@@ -26,9 +26,10 @@ from fastdiff.checkpoints.convert import convert
 from fastdiff.checkpoints.empty import build_empty
 from fastdiff.checkpoints.family import Family, Layout, written
 from fastdiff.checkpoints.layouts import families
-from fastdiff.checkpoints.tokenizers import write_clip_tokenizer
+from fastdiff.checkpoints.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from fastdiff.checkpoints.writing import serialised, write_atomically
 
+T5 = "T5"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BETAS = {
     "beta_start": 0.00085,
@@ -52,7 +53,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Pipe:
-    """A pipeline's parts, its scheduler's configuration and its tokenizers' padding by folder."""
+    """A pipeline's parts, its scheduler's configuration and its tokenizers by folder: what CLIP's
+    pads with, or T5."""
 
     kind: str
     parts: tuple[Part, ...]
@@ -63,6 +65,7 @@ class Pipe:
 _UNET = ("diffusers", "UNet2DConditionModel")
 _VAE = ("diffusers", "AutoencoderKL")
 _CLIP = ("transformers", "CLIPTextModel")
+_CLIP_PROJECTED = ("transformers", "CLIPTextModelWithProjection")
 PIPELINES = {
     "sd15": Pipe(
         "StableDiffusionPipeline",
@@ -82,11 +85,35 @@ PIPELINES = {
             Part("text_encoder", "clip", "clip-l", "conditioner.embedders.0.transformer.", _CLIP),
             Part(
                 *("text_encoder_2", "openclip_g", "openclip-g", "conditioner.embedders.1.model."),
-                ("transformers", "CLIPTextModelWithProjection"),
+                _CLIP_PROJECTED,
             ),
         ),
         {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **_BETAS},
         {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+    ),
+    "sd3": Pipe(
+        "StableDiffusion3Pipeline",
+        (
+            Part(
+                *("transformer", "mmdit", "SD3-medium", "model.diffusion_model."),
+                ("diffusers", "SD3Transformer2DModel"),
+            ),
+            Part("vae", "autoencoder", "sd3", "first_stage_model.", _VAE),
+            Part(
+                *("text_encoder", "clip_sd3_l", "clip-l-sd3", "text_encoders.clip_l.transformer."),
+                _CLIP_PROJECTED,
+            ),
+            Part(
+                *("text_encoder_2", "clip_sd3_g", "clip-g", "text_encoders.clip_g.transformer."),
+                _CLIP_PROJECTED,
+            ),
+            Part(
+                *("text_encoder_3", "t5", "t5-xxl", "text_encoders.t5xxl.transformer."),
+                ("transformers", "T5EncoderModel"),
+            ),
+        ),
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        {"tokenizer": "<|endoftext|>", "tokenizer_2": "!", "tokenizer_3": T5},
     ),
 }
 
@@ -118,8 +145,12 @@ def write_pipeline(
         convert(single, place / part.folder, component=part.folder)
         index[part.folder] = list(part.classes)
     for tokenizer, pad in pipe.tokenizers.items():
-        write_clip_tokenizer(place / tokenizer, pad=pad)
-        index[tokenizer] = ["transformers", "CLIPTokenizer"]
+        if pad == T5:
+            write_t5_tokenizer(place / tokenizer)
+        else:
+            write_clip_tokenizer(place / tokenizer, pad=pad)
+        kind = "PreTrainedTokenizerFast" if pad == T5 else "CLIPTokenizer"
+        index[tokenizer] = ["transformers", kind]
     (place / "scheduler").mkdir(exist_ok=True)
     scheduler = place / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(dict(pipe.scheduler), indent=2))

@@ -1,4 +1,4 @@
-"""Tokenizer files of CLIP's form without its vocabulary, for checkpoints of random weights."""
+"""Tokenizer files of CLIP's and T5's form without their vocabularies, for random weights."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ def write_clip_tokenizer(folder: str | Path, size: int = 49408, pad: str = END) 
     merges = []
     letters = "etaoinshrdlucmfwypvbgkqjxz"
     known = set(tokens)
-    words = list(letters)
     for left, right in product(letters, [*letters, *(f"{c}</w>" for c in letters)]):
         merges.append((left, right))
     for left in [a + b for a, b in product(letters, letters)]:
-        merges += [(left, right) for right in (*words, *(f"{c}</w>" for c in words))]
+        merges += [(left, right) for right in (*letters, *(f"{c}</w>" for c in letters))]
     for left in [a + b for a, b in product(letters, letters)]:
         merges += [
             (left, right + "</w>") for right in (a + b for a, b in product(letters, letters))
@@ -71,3 +70,56 @@ def write_clip_tokenizer(folder: str | Path, size: int = 49408, pad: str = END) 
     }
     for name, text in write.items():
         (target / name).write_text(text, encoding="utf-8")
+
+
+def write_t5_tokenizer(folder: str | Path, size: int = 32128, length: int = 512) -> None:
+    """Writes ``tokenizer.json`` of a unigram tokenizer of T5's form, and its configuration.
+
+    size: of the vocabulary, at least 64: padding, end, unknown, the letters, then syllables.
+    length: the longest text in tokens.
+    """
+    if size < 64:
+        raise ValueError(f"size must be at least 64, got {size}")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["\u2581", *letters, *letters.upper(), *",.!?'-:;"]
+    pieces += ["".join(parts) for parts in product(letters, repeat=2)]
+    pieces += ["\u2581" + "".join(parts) for parts in product(letters, repeat=2)]
+    pieces += ["".join(parts) for parts in product(letters, repeat=3)]
+    pieces += ["\u2581" + "".join(parts) for parts in product(letters, repeat=3)]
+    special = ["<pad>", "</s>", "<unk>"]
+    vocabulary = [[token, 0.0] for token in special]
+    vocabulary += [[piece, -2.0 - i / size] for i, piece in enumerate(pieces)]
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": token, "special": True, **added} for i, token in enumerate(special)
+        ],
+        "pre_tokenizer": {**spaces, "split": True},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            ],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 0}},
+            ],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "decoder": {**spaces, "split": True},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary[:size]},
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": length,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (target / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (target / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Pipelines: from prompts, pictures or classes to pictures, over models, solvers and ``sample``."""
 
-from fastdiff.pipelines.assemble import assemble
 from fastdiff.pipelines.cascade import enlarge
 from fastdiff.pipelines.class_conditional import sample_classes
+from fastdiff.pipelines.components import assemble
 from fastdiff.pipelines.control import Control
 from fastdiff.pipelines.pipeline import Defaults, Pipeline, Result
 from fastdiff.pipelines.recipes import Recipe, from_scheduler

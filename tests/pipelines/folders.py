@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastdiff.checkpoints.tokenizers import write_clip_tokenizer
+from fastdiff.checkpoints.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
 VOCABULARY = 600
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -27,22 +27,9 @@ def tokenizer(pad: str = "<|endoftext|>") -> Any:
 
 @functools.cache
 def t5_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    letters = [("▁", -2.0), *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz,.!'")]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
-    inner = Tokenizer(models.Unigram(pieces, unk_id=2))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=24,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_t5_tokenizer(folder, 64, 24)
+        return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,14 @@ from PIL import Image
 
 import fastdiff
 from fastdiff import images
-from fastdiff.checkpoints.layouts.text import ClipConfig
+from fastdiff.checkpoints.layouts.text import ClipConfig, T5Config
 from fastdiff.checkpoints.random import PIPELINES, write_pipeline
+from fastdiff.checkpoints.tokenizers import write_clip_tokenizer
+from fastdiff.models.autoencoder import CONFIGS as VAES
 from fastdiff.models.autoencoder import AutoencoderConfig
+from fastdiff.models.mmdit import MMDiTConfig
 from fastdiff.models.unet_configs import UNetConfig
-from fastdiff.pipelines import Control, enlarge, interpolate, invert, slerp
+from fastdiff.pipelines import Control, components, enlarge, interpolate, invert, slerp
 from fastdiff.pipelines.recipes import Recipe
 from fastdiff.sampling import sample
 
@@ -167,6 +169,15 @@ def small(name: str) -> dict[str, Any]:
         more = {"num_heads": (1, 1), "linear_projections": True, "vector_dim": 1280 + 6 * 256}
         parts["unet"] = replace(unet, channels=(64, 64), context_dim=2048, **more)
         parts["text_encoder_2"] = ClipConfig(1280, 64, 2, 20, "gelu", projection=1280)
+    if name == "sd3":
+        more = {"context_size": 2048, "pooled_size": 2048, "position_size": 16}
+        return {
+            "transformer": MMDiTConfig(hidden_size=128, depth=2, num_heads=2, **more),
+            "vae": replace(VAES["sd3"], widths=(32, 32), num_res_blocks=1),
+            "text_encoder": ClipConfig(inner=64, layers=2, projection=768),
+            "text_encoder_2": ClipConfig(1280, 64, 2, 20, "gelu", projection=1280),
+            "text_encoder_3": T5Config(width=2048, inner=64, layers=1, heads=2, head_dim=16),
+        }
     return parts
 
 
@@ -181,27 +192,36 @@ def test_a_single_file_is_the_folder(name: str, tmp_path: Path) -> None:
         state = first.modules()[part].state_dict()
         for tensor, value in module.state_dict().items():
             assert torch.equal(state[tensor], value), (part, tensor)
-    arguments = {"seed": 1, "width": 32, "height": 32, "solver": "ddim", **LATENT}
-    a, b = (pipe("a cat", **arguments).latents for pipe in (first, second))
+    solver = "euler" if name == "sd3" else "ddim"
+    channels = second.autoencoder.config.latent_channels
+    start = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    sizes = {"height": 32, "width": 32, "latents": start, "guidance_scale": 5.0}
+    a, b = (pipe("a cat", **sizes, solver=solver, **LATENT).latents for pipe in (first, second))
     torch.testing.assert_close(a, b)
     kind = diffusers.DiffusionPipeline.from_pretrained(folder)
     kind.set_progress_bar_config(disable=True)
-    kind.scheduler = diffusers.DDIMScheduler.from_config(
-        kind.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
-    )
-    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    sizes = {"height": 32, "width": 32, "latents": start}
-    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
-    expected = kind("a cat", **sizes, **options).images
-    result = second("a cat", **sizes, **LATENT, guidance_scale=5.0, solver="ddim").latents
+    if name != "sd3":
+        said = {"set_alpha_to_one": True, "timestep_spacing": "leading", "clip_sample": False}
+        kind.scheduler = diffusers.DDIMScheduler.from_config(kind.scheduler.config, **said)
+    expected = kind("a cat", num_inference_steps=4, output_type="latent", **sizes).images
     scale = max(1.0, float(expected.abs().max()))
-    assert float((result - expected).abs().max()) <= 1e-4 * scale
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        without = fastdiff.load(single)
-    if without.conditioner is None:  # no copy of the tokenizer in the hub's cache
-        with pytest.raises(ValueError, match="prompts need the tokenizer of openai"):
-            without("a cat")
+    assert float((b - expected).abs().max()) <= 1e-4 * scale
+
+
+def test_a_tokenizer_that_is_missing_is_not_made_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers makes a tokenizer of two tokens where it finds no files.
+    monkeypatch.setattr(components, "TOKENIZERS", dict.fromkeys(components.TOKENIZERS, "no/such"))
+    single, _ = write_pipeline("sd15", tmp_path, configs=small("sd15"))
+    with pytest.raises(ValueError, match="prompts need the tokenizer of no/such"):
+        fastdiff.load(single)("a cat")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="must hold"):
+        fastdiff.load(single, tokenizers=tmp_path / "empty")
+    write_clip_tokenizer(tmp_path / "small", 600)
+    with pytest.raises(ValueError, match="a text encoder of 49408 tokens, got one of 600"):
+        fastdiff.load(single, tokenizers=tmp_path / "small")
 
 
 def test_compiled_pipelines_draw_the_same(loaded: Any, saved: Any) -> None:

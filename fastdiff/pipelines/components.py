@@ -111,7 +111,7 @@ def _encoders(
         encoder = components[name]
         folder = name.replace("text_encoder", "tokenizer")
         t5 = type(encoder).__name__.startswith("T5")
-        tokenizer = _tokenizer(folder, t5, found, tokenizers)
+        tokenizer = _tokenizer(folder, t5, found, tokenizers, encoder.config.vocab_size)
         if isinstance(tokenizer, str):
             return {}, tokenizer
         length = T5_TOKENS.get(type(denoiser), 256) if t5 else None
@@ -125,9 +125,17 @@ def _encoders(
 
 
 def _tokenizer(
-    name: str, t5: bool, found: Description, tokenizers: str | os.PathLike[str] | None
+    name: str,
+    t5: bool,
+    found: Description,
+    tokenizers: str | os.PathLike[str] | None,
+    vocabulary: int,
 ) -> Any:
-    """A tokenizer of transformers, or in words what is missing."""
+    """A tokenizer of transformers, or in words what is missing.
+
+    transformers makes one of two tokens where it finds no files, and says nothing; so it must have
+    at least half of the encoder's vocabulary, and no more than all of it.
+    """
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -141,18 +149,27 @@ def _tokenizer(
     kind = transformers.AutoTokenizer if t5 else transformers.CLIPTokenizer
     if place is not None:
         try:
-            return kind.from_pretrained(place, local_files_only=True)
+            made = kind.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{place} must hold a tokenizer, got none ({first})") from error
+        if not vocabulary / 2 <= len(made) <= vocabulary:
+            raise ValueError(
+                f"{place} must hold the tokenizer of a text encoder of {vocabulary} tokens, "
+                f"got one of {len(made)}"
+            )
+        return made
     repository = TOKENIZERS["tokenizer_3" if t5 else name]
     try:
-        return kind.from_pretrained(repository, local_files_only=True)
+        made = kind.from_pretrained(repository, local_files_only=True)
     except (OSError, ValueError):
-        return (
-            f"the tokenizer of {repository}: give load(tokenizers=) a folder with it, or download "
-            "it into the hub's cache"
-        )
+        made = ()
+    if vocabulary / 2 <= len(made) <= vocabulary:
+        return made
+    return (
+        f"the tokenizer of {repository}: give load(tokenizers=) a folder with it, or download "
+        "it into the hub's cache"
+    )
 
 
 def _conditioner(
