@@ -65,7 +65,7 @@ def assemble(
             f"got {kind} in {', '.join(components)}; component= loads one part"
         )
     autoencoder = components.get("vae")
-    recipe = _recipe(denoiser, found)
+    recipe = _recipe(denoiser, found, latent=autoencoder is not None)
     encoders, missing = _encoders(components, found, denoiser, tokenizers)
     conditioner = None if missing else _conditioner(denoiser, encoders, found)
     return Pipeline(
@@ -80,9 +80,13 @@ def assemble(
     )
 
 
-def _recipe(denoiser: Any, found: Description) -> Recipe:
+def _recipe(denoiser: Any, found: Description, latent: bool) -> Recipe:
     if found.scheduler:
         recipe = from_scheduler(found.scheduler)
+        if latent:  # a configuration that says nothing means clipping, which is for pixels
+            recipe = replace(recipe, hooks=())
+        if isinstance(denoiser, UNet) and denoiser.config.vector_dim is None and latent:
+            recipe = replace(recipe, steps_offset=1)  # as diffusers' pipelines correct it
     elif isinstance(denoiser, (MMDiT, Flux)):
         recipe = Recipe(Flow(shift=3.0 if isinstance(denoiser, MMDiT) else 1.0), "flow", "euler")
         recipe = replace(recipe, warp="sd3")

@@ -22,6 +22,7 @@ from fastdiff.models.autoencoder import CONFIGS as AUTOENCODERS
 from fastdiff.models.autoencoder import AutoencoderKL
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_configs import UNetConfig
+from fastdiff.pipelines import Pipeline
 
 UNET = UNetConfig(
     channels=(32, 64), depths=(1, 0), num_heads=(8, 8), context_dim=32, num_res_blocks=1
@@ -88,10 +89,15 @@ LEFT = {
 }
 
 
+def parts(path: Path, *names: str) -> dict[str, Any]:
+    """Models of a pipeline, each loaded by itself."""
+    return {name: fastdiff.load(path, component=name) for name in names}
+
+
 def test_single_file(tmp_path: Path, models: dict[str, Any]) -> None:
     path = single(tmp_path / "sd.safetensors", *parts_of(models), ("", LEFT))
-    found = fastdiff.load(path)
-    assert set(found) == {"unet", "vae", "text_encoder"}
+    assert isinstance(fastdiff.load(path), Pipeline)
+    found = parts(path, "unet", "vae", "text_encoder")
     for name, model in found.items():
         same(models[name], model)
         assert not model.training
@@ -146,7 +152,7 @@ def test_the_autoencoder_has_the_scale_of_the_denoiser_it_is_with(tmp_path: Path
         ("model.diffusion_model.", xl.state_dict()),
         ("first_stage_model.", vae),
     )
-    found = fastdiff.load(path)
+    found = parts(path, "unet", "vae")
     assert found["vae"].config.scaling == AUTOENCODERS["sdxl"].scaling
     assert found["unet"].sampling.shape == (4, 128, 128)
     alone = fastdiff.load(single(tmp_path / "vae.safetensors", ("", vae)))
@@ -199,8 +205,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_diffusers_pipeline(pipeline: Path) -> None:
-    found = fastdiff.load(pipeline)
-    assert set(found) == {"unet", "vae", "text_encoder"}
+    assert isinstance(fastdiff.load(pipeline), Pipeline)
+    found = parts(pipeline, "unet", "vae", "text_encoder")
     assert found["unet"].sampling.prediction == "v"  # the scheduler says it
     theirs = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     layout = FAMILIES["unet"].layout("diffusers", found["unet"].config)
@@ -283,7 +289,7 @@ def fake_hub(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_repository(fake_hub: FakeHub) -> None:
-    assert set(fastdiff.load("owner/name")) == {"unet", "vae", "text_encoder"}
+    assert set(fastdiff.load("owner/name").modules()) == {"denoiser", "autoencoder"}
     assert "unet/diffusion_pytorch_model.safetensors" in fake_hub.asked
     assert "unet/config.json" in fake_hub.asked
     assert not [name for name in fake_hub.asked if "fp16" in name and name.endswith(".safetensors")]

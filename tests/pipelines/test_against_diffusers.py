@@ -26,6 +26,7 @@ pytestmark = [
 B = folders.BETAS
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler(**B, clip_sample=False, steps_offset=1, set_alpha_to_one=False),
+    "ddim_old": diffusers.DDIMScheduler(**B),  # as old folders have it; pipelines correct it
     "pndm": folders.pndm(),
     "euler": folders.euler(),
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler(**B),
