@@ -21,9 +21,20 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test finds what another one has stored, nor what the user has."""
-    monkeypatch.setenv("FASTDIFF_CACHE", str(next(_caches)))
+def _own_cache(
+    _caches: Iterator[Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test finds what another one has stored, nor what the user has; but the tests of a module
+    with ``SHARED_CACHE = True`` share what they store. They are not about captures, and most of
+    their time would go into capturing the same few models."""
+    shared = getattr(request.module, "SHARED_CACHE", False)
+    folder = request.getfixturevalue("_shared_cache") if shared else next(_caches)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(folder))
+
+
+@pytest.fixture(scope="session")
+def _shared_cache(_caches: Iterator[Path]) -> Path:
+    return next(_caches)
 
 
 @pytest.fixture

@@ -42,6 +42,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
 ]
 
+SHARED_CACHE = True
+
+
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
