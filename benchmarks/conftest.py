@@ -127,7 +127,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     rows = config.stash[ROWS]
     for row in (row for row in rows if not row.variants):
-        write(f"\n{row.name}: {row.facts}")
+        facts = {k: v for k, v in row.facts.items() if isinstance(v, (str, int, float))}
+        write(f"\n{row.name}: {facts or 'in the results file'}")
     rows = [row for row in rows if row.variants]
     if not rows:
         return

@@ -130,6 +130,8 @@ def converted(op: Op, call: Call) -> Iterator[Named]:
         layer = Layer(op, call).eval()
         options = runtime.SessionOptions()  # type: ignore[union-attr]
         options.intra_op_num_threads = threads
+        # Threads that wait by spinning take the processor from the variants that come next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/layer.onnx"
             torch.onnx.export(layer, layer.inputs(), path, dynamo=False)

@@ -10,7 +10,7 @@ constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,14 +40,6 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     # torch.randn is most of it
     "ddpm": ("DDPMScheduler", {**SD, "clip_sample": False}, 1.0),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def set_timesteps(scheduler: Any, steps: int, flow: bool) -> None:

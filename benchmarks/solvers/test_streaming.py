@@ -8,7 +8,7 @@ bytes, half of them read and half written, into memory that is there already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,14 +22,6 @@ STEPS = 50
 SHAPE = (1, 16, 128, 128)
 BAR = 1.5
 SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tensors_moved(table: SolverTable) -> float:
