@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
 from stored import Row
 from tables import Areas, on_gpu, significant
 
-from fastdiff._canvas import COLOURS, GREY, LIGHT, MARKERS, Canvas
+if TYPE_CHECKING:  # their names are needed without drawing them, and so without PyTorch
+    from PIL import Image
 
 Points = Mapping[str, Sequence[tuple[float, float]]]  # of each op, (FLOP a byte, GFLOP/s)
 BAR = 26  # height of a bar with its gap
 
 
-def roofline(points: Points, gb_per_s: float, gflop_per_s: float | None, title: str) -> Image.Image:
-    """Both axes logarithmic; the roof is a copy, and a matrix product where it was measured."""
+def roofline(
+    points: Points, copies: Mapping[str, float], gflop_per_s: float | None, title: str
+) -> Image.Image:
+    """Both axes logarithmic. copies: GB/s by label, a roof each; above them all a matrix product's
+    GFLOP/s, where it was measured."""
+    from fastdiff._canvas import COLOURS, GREY, LIGHT, MARKERS, Canvas
+
     size, (left, top, right, bottom) = (1000, 600), (84, 56, 740, 530)
     every = [point for found in points.values() for point in found]
     first, last = (pick(math.log10(x) for x, _ in every) for pick in (min, max))
     first, last = math.floor(first), max(math.ceil(last), math.floor(first) + 1)
-    most = max(max(y for _, y in every), gflop_per_s or gb_per_s * 10**last)
+    fastest = max(copies.values())
+    most = max(max(y for _, y in every), gflop_per_s or fastest * 10**last)
     low = math.floor(math.log10(min(y for _, y in every)))
     high = max(math.ceil(math.log10(most)), low + 1)
 
@@ -48,11 +56,14 @@ def roofline(points: Points, gb_per_s: float, gflop_per_s: float | None, title: 
     canvas.text(left, 28, title, 16, "lm", "black")
 
     flat = gflop_per_s or math.inf
-    ends = [10.0**first, min(max(flat / gb_per_s, 10.0**first), 10.0**last), 10.0**last]
-    roof = [(x, min(gb_per_s * x, flat)) for x in ends]
-    start = max(roof[0][0], 10.0**low / gb_per_s)  # not below the axis
-    roof[0] = (start, min(gb_per_s * start, flat))
-    canvas.line([(across(x), down(y)) for x, y in roof], "black", 2)
+    for number, (label, rate) in enumerate(copies.items()):
+        start = max(10.0**first, 10.0**low / rate)  # not below the axis
+        ends = [start, min(max(flat / rate, start), 10.0**last), 10.0**last]
+        colour = ("black", GREY)[number % 2]
+        canvas.line([(across(x), down(min(rate * x, flat))) for x in ends], colour, 2)
+        y = top + 12 + 24 * (len(points) + 1 + number)
+        canvas.line([(right + 14, y), (right + 34, y)], colour, 2)
+        canvas.text(right + 40, y, f"{label}, {rate:.3g} GB/s", 13, "lm", "black")
     for i, (op, found) in enumerate(points.items()):
         colour, kind = COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
         for x, y in found:
@@ -66,6 +77,8 @@ def bars(
     values: Mapping[str, float], title: str, unit: str, mark: float | None = 1.0
 ) -> Image.Image:
     """Horizontal bars with their numbers; mark: a line at that value."""
+    from fastdiff._canvas import COLOURS, GREY, Canvas
+
     left, width, top = 320, 480, 64
     canvas = Canvas((left + width + 120, top + BAR * len(values) + 20))
     most = max([*values.values(), mark or 0.0])
@@ -101,9 +114,9 @@ def of_ops(areas: Areas) -> list[tuple[Row, str]]:
     return [(row, name) for row, name in found if name is not None]
 
 
-def pictures(areas: Areas) -> dict[str, Image.Image]:
-    """ "roofline", "speed-ups", "waterfall <workload>": those that there are rows for."""
-    found: dict[str, Image.Image] = {}
+def pictures(areas: Areas) -> dict[str, Callable[[], Image.Image]]:
+    """What there are rows for, not drawn yet: "roofline", "speed-ups", "waterfall <workload>"."""
+    found: dict[str, Callable[[], Image.Image]] = {}
     cases = of_ops(areas)
     if cases:
         device = areas["ops"].machine["device"]
@@ -117,27 +130,32 @@ def pictures(areas: Areas) -> dict[str, Image.Image]:
             best = which.columns.get("times_best_baseline", which.columns["times_eager"])
             speed.setdefault(f"{facts['op']} {facts['dtype']}", []).append(best)
         largest = max((row for row, _ in cases), key=lambda row: row.facts["bytes"])
-        rates = [
-            row.facts["limit"]["matmul_gflop_per_s"] for row, _ in cases if "limit" in row.facts
-        ]
-        found["roofline"] = roofline(
+        copies = [row.variants["copy"].columns["gb_per_s"] for row, _ in cases]
+        limits = [row.facts["limit"] for row, _ in cases if "limit" in row.facts]
+        found["roofline"] = partial(
+            roofline,
             points,
-            largest.variants["copy"].columns["gb_per_s"],
-            max(rates, default=None),
-            f"Ops on {device}; the line: a copy, a matrix product",
+            {
+                f"copy of {largest.facts['bytes'] / 1e6:.0f} MB": largest.variants["copy"].columns[
+                    "gb_per_s"
+                ],
+                "fastest copy (caches)": max(copies),
+            },
+            max((limit["matmul_gflop_per_s"] for limit in limits), default=None),
+            f"Ops on {device}, each case with its operations a byte",
         )
         means = {name: statistics.geometric_mean(values) for name, values in speed.items()}
         title = f"Times the fastest baseline, geometric means, {device}"
-        found["speed-ups"] = bars(means, title, "x")
+        found["speed-ups"] = partial(bars, means, title, "x")
     for workload, rows in waterfalls(areas).items():
         title = f"{workload}: one technique more per row"
         if on_gpu(areas):
             values = {name: 1e3 * seconds for name, seconds in rows.items()}
-            found[f"waterfall {workload}"] = bars(values, title, "ms", None)
+            found[f"waterfall {workload}"] = partial(bars, values, title, "ms", None)
         else:
             first = next(iter(rows.values()))
             values = {name: first / seconds for name, seconds in rows.items()}
-            found[f"waterfall {workload}"] = bars(values, title, "x the first")
+            found[f"waterfall {workload}"] = partial(bars, values, title, "x the first")
     return found
 
 
@@ -167,5 +185,5 @@ def save(slug: str, areas: Areas, folder: Path) -> list[Path]:
     paths = []
     for name, picture in pictures(areas).items():
         paths.append(folder / file_name(slug, name))
-        picture.save(paths[-1], optimize=True)
+        picture().save(paths[-1], optimize=True)
     return paths
