@@ -12,6 +12,7 @@ the same run. On a GPU: a cold L2, and replays of CUDA graphs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,11 +108,11 @@ def describe(
 ) -> dict[str, dict[str, float]]:
     """The columns of each variant; the call's own bytes count, not what a variant really moved.
 
-    others: the names of the "compile" and the "peer" variants; the rest, but copy and eager, ours.
+    others: the peers by the column of the fastest of them; the rest, but copy and eager, is ours.
     """
     copy = copied / timings["copy"].median
     limit = facts["limit"]["seconds"]
-    rivals = ["eager", *others["compile"], *others["peer"]]
+    rivals = ["eager", *itertools.chain(*others.values())]
     columns = {}
     for name, timing in timings.items():
         moved = copied if name == "copy" else facts["bytes"]
@@ -126,10 +127,7 @@ def describe(
         }
         if name in rivals:
             continue
-        for key, names in (*others.items(), ("baseline", rivals)):
-            column = {"compile": "times_compile", "peer": "times_best_peer"}.get(
-                key, "times_best_baseline"
-            )
+        for column, names in (*others.items(), ("times_best_baseline", rivals)):
             if names:
                 best = min(timings[rival].median for rival in names)
                 found[column] = best / timing.median
@@ -164,14 +162,14 @@ def measure(
         "auto": _chosen(op, call),
         "left_out": {},
     }
-    others: dict[str, list[str]] = {"compile": [], "peer": []}
-    groups: list[tuple[str, Iterable[Named]]] = [("peer", peers(op, call))]
+    others: dict[str, list[str]] = {"times_best_peer": [], "times_compile": []}
+    candidates: dict[str, Iterable[Named]] = {"times_best_peer": peers(op, call)}
     if with_compile or device.type == "cuda":
-        groups.append(("compile", compiled(op, call)))
-    for group, candidates in groups:
+        candidates["times_compile"] = compiled(op, call)
+    for column, named in candidates.items():
         before = set(functions)
-        facts["left_out"] |= left_out(gate, candidates, functions)
-        others[group] += [name for name in functions if name not in before]
+        facts["left_out"] |= left_out(gate, named, functions)
+        others[column] = [name for name in functions if name not in before]
     try:  # eager is what a model does, and timed in any case
         gate.check("eager", functions["eager"]())
     except AssertionError as error:
@@ -189,7 +187,7 @@ def measure(
         # the processor from the variants that come next.
         functions = {}
         facts["left_out"] |= left_out(gate, converted(op, call), functions)
-        others["peer"] += functions
+        others["times_best_peer"] += functions
         timings |= interleaved(functions, device, budget / 2) if functions else {}
     copied = copy_bytes(source)
     by_matmul = facts["flops"] / matmul

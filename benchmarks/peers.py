@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -83,6 +84,7 @@ class Layer(nn.Module):
 
 def compiled(op: Op, call: Call) -> Iterator[Named]:
     """torch.compile as its users run it: on a GPU both max-autotune modes, on a CPU frozen."""
+    torch._dynamo.reset()  # else the ninth shape of a function is refused
     if call.tensors()[0].device.type == "cuda":
         for mode in ("max-autotune-no-cudagraphs", "max-autotune"):
 
