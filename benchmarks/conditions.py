@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 SOURCES = ("kernels", "fastdiff", "csrc")
 PEERS = ("diffusers", "flash-attn", "xformers", "apex", "liger-kernel", "openvino", "onnxruntime")
 
@@ -19,6 +17,8 @@ PEERS = ("diffusers", "flash-attn", "xformers", "apex", "liger-kernel", "openvin
 def device_name(device: str) -> str:
     """The hardware's own name: "NVIDIA H200", "Intel(R) Xeon(R) ..."."""
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name()
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -54,6 +54,8 @@ def _nvml() -> tuple[Any, Any] | None:
         import pynvml
     except ImportError:
         return None
+    import torch
+
     pynvml.nvmlInit()
     uuid = torch.cuda.get_device_properties().uuid
     return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
@@ -61,6 +63,8 @@ def _nvml() -> tuple[Any, Any] | None:
 
 def machine(device: str) -> dict[str, Any]:
     """The hardware and the versions; the same for every row of a run."""
+    import torch
+
     from fastdiff._ext import ext
 
     module = ext()

@@ -53,14 +53,8 @@ def quick(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--quick"))
 
 
-def _before(area: str, now: stored.Results) -> tuple[Any, stored.Results]:
-    """(the results file of these conditions' device, its rows or none if taken under others)."""
-    path = stored.RESULTS / conditions.slug(now.machine["device"]) / f"{area}.json"
-    if path.exists():
-        before = stored.read(path)
-        if before.same_conditions(now):
-            return path, before
-    return path, now
+def _now(device: str) -> stored.Results:
+    return stored.Results(conditions.machine(device), conditions.commit())
 
 
 @pytest.fixture
@@ -89,9 +83,7 @@ def record(request: pytest.FixtureRequest, quick: bool) -> Callable[..., None]:
         if quick:
             return
         found.facts["state"] = conditions.state(device)
-        path, results = _before(
-            area, stored.Results(conditions.machine(device), conditions.commit())
-        )
+        path, results = stored.of_area(area, _now(device))
         results.rows[found.name] = found
         stored.write(path, results)
 
@@ -105,8 +97,7 @@ def resumed(request: pytest.FixtureRequest, quick: bool) -> Callable[[str, str],
     def skip(device: str, name: str) -> None:
         if quick or not request.config.getoption("--resume"):
             return
-        now = stored.Results(conditions.machine(device), conditions.commit())
-        if name in _before(request.path.parent.name, now)[1].rows:
+        if name in stored.of_area(request.path.parent.name, _now(device))[1].rows:
             pytest.skip("--resume: measured already")
 
     return skip

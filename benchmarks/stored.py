@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import conditions
+
 RESULTS = Path(__file__).with_name("results")
 VERSION = "1"
 
@@ -134,6 +136,16 @@ def read(path: Path) -> Results:
             ours=bool(columns.pop("ours", False)),
         )
     return found
+
+
+def of_area(area: str, now: Results, folder: Path | None = None) -> tuple[Path, Results]:
+    """(the file, its rows if they were taken under these conditions, else none)."""
+    path = (folder or RESULTS) / conditions.slug(now.machine["device"]) / f"{area}.json"
+    if path.exists():
+        before = read(path)
+        if before.same_conditions(now):
+            return path, before
+    return path, now
 
 
 def all_results(folder: Path = RESULTS) -> dict[str, dict[str, Results]]:

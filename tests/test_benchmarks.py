@@ -153,6 +153,36 @@ def test_a_layer_has_an_ops_weights_inside_and_gives_its_result():
             assert torch.equal(mine, right)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["geglu", "attention", "solver_step_indexed"])
+def test_on_a_gpu_replays_are_timed(measuring, name):
+    op = BY_NAME[name]
+    dtype = torch.float32 if name.startswith("solver") else torch.bfloat16
+    call = op.examples[0].make("cuda", dtype)
+    with torch.no_grad():
+        found = measuring.measure(op, call, 0.05, False, SIDE)
+    assert "triton" in found.ours
+    assert not {*found.ours, "eager", "copy"} & set(found.facts["not_captured"])
+    names = set(found.timings) | set(found.facts["left_out"])
+    assert {"compile max-autotune-no-cudagraphs", "compile max-autotune"} <= names
+    assert all(timing.median > 0 for timing in found.timings.values())
+
+
+def test_rows_of_other_conditions_are_dropped_and_an_interrupted_run_goes_on(tmp_path):
+    import stored
+
+    def now(commit: str) -> stored.Results:
+        return stored.Results({"device": "A (R) 1"}, {"id": commit, "dirty": False})
+
+    for name in ("first", "second"):
+        path, results = stored.of_area("ops", now("1"), tmp_path)
+        results.rows[name] = stored.Row(name)
+        stored.write(path, results)
+    assert path == tmp_path / "a-1" / "ops.json"
+    assert set(stored.of_area("ops", now("1"), tmp_path)[1].rows) == {"first", "second"}
+    assert not stored.of_area("ops", now("2"), tmp_path)[1].rows
+
+
 def test_results_files_round_trip_and_are_pytest_benchmarks(tmp_path):
     import stored
 
