@@ -213,7 +213,7 @@ def errors(areas: Areas) -> str:
             min(values[i] for name, values in found.items() if name.startswith(package))
             for i in range(len(counts))
         ]
-        lines.append([f"the best of {package}'s, in their default grids",
+        lines.append([f"the best of {package}, in their default grids",
                       *(f"{value:.1e}" for value in best)])  # fmt: skip
     head = [f"error on the mixture oracle ({len(found)} runs), evaluations", *map(str, counts)]
     return table(head, lines)
