@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--with-compile",
         action="store_true",
-        help="on a CPU too: torch.compile, OpenVINO and ONNX Runtime as peers (takes long)",
+        help="torch.compile, OpenVINO and ONNX Runtime as peers on a CPU (takes long)",
     )
     group.addoption(
         "--resume", action="store_true", help="skip what the results file has at this commit"

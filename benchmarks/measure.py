@@ -139,8 +139,8 @@ def measure(
 ) -> Measured | None:
     """None where only the reference runs; AssertionError where an implementation is wrong.
 
-    budget: seconds, shared by the variants. with_compile: on a CPU too, whatever has to compile
-    first. matmul_side: of the product that gives the limit; None for the usual.
+    budget: seconds, shared by the variants. with_compile: torch.compile too and, on a CPU, the
+    runtimes that convert first. matmul_side: of the limit's product; None for the usual.
     """
     device = call.tensors()[0].device
     ours: dict[str, Function] = {}
@@ -164,7 +164,7 @@ def measure(
     }
     others: dict[str, list[str]] = {"times_best_peer": [], "times_compile": []}
     candidates: dict[str, Iterable[Named]] = {"times_best_peer": peers(op, call)}
-    if with_compile or device.type == "cuda":
+    if with_compile:
         candidates["times_compile"] = compiled(op, call)
     for column, named in candidates.items():
         before = set(functions)
