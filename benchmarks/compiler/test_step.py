@@ -73,6 +73,8 @@ def test_step(
     name: str, quick: bool, pytestconfig: pytest.Config, benchmark: Any, record: Any
 ) -> None:
     with_compile = bool(pytestconfig.getoption("--with-compile"))
+    if quick and name != "sd15":
+        pytest.skip("--quick: one small model")
     name = "small" if quick else name
     model, inputs = DENOISERS[name](torch.bfloat16)
     functions = variants(model, inputs, with_compile)

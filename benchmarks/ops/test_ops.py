@@ -27,7 +27,7 @@ CASES = [
 SECONDS = 1.0  # per case, shared by its variants
 QUICK_SECONDS = 0.05
 CPU_FLOPS = 50e9  # above, a variant takes half a second and more, and there are ten rounds
-QUICK_EXAMPLES, QUICK_FLOPS, QUICK_SIDE = 2, 2e9, 512
+QUICK_EXAMPLES, QUICK_FLOPS, QUICK_BYTES, QUICK_SIDE = 2, 2e9, 50e6, 512
 FLOAT32_ON_CUDA = ("solver_step", "solver_step_indexed")  # the states; models run in bfloat16
 
 
@@ -54,6 +54,8 @@ def test_op(
     flops, most = op.flops(*call.args, **call.kwargs), QUICK_FLOPS if quick else CPU_FLOPS
     if device == "cpu" and flops > most:
         pytest.skip(f"{flops / 1e9:.0f} GFLOP take too long on a CPU")
+    if quick and op.bytes_moved(*call.args, **call.kwargs) > QUICK_BYTES:
+        pytest.skip("--quick: the smallest shapes only")
     name = f"{op.name} {example.name} {str(call.args[0].dtype).removeprefix('torch.')}"
     resumed(device, name)
     benchmark.group = op.name
