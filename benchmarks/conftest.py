@@ -1,26 +1,23 @@
-"""Options, and results with their conditions: benchmarks/results/<device>/<area>.json.
+"""Options, and results with their conditions (`stored.py`).
 
-The area is the folder of the benchmark. Every row is written as soon as it is measured; rows in the
-file from other conditions (another commit, other versions) are dropped. ``--quick`` writes nothing.
+The area of a results file is the folder of the benchmark. Every row is written as soon as it is
+measured, so that an interrupted run loses nothing, and ``--resume`` goes on where it stopped; rows
+in the file from other conditions (another commit, other versions) are dropped. ``--quick`` writes
+nothing.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import conditions
 import pytest
+import stored
 import torch
+from timing import Timing
 
-RESULTS = Path(__file__).with_name("results")
-ROWS = pytest.StashKey[list[dict[str, Any]]]()
+ROWS = pytest.StashKey[list[stored.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--quick", action="store_true", help="small shapes, few rounds, no results file"
     )
     group.addoption(
-        "--with-compile", action="store_true", help="torch.compile of the plain code as a baseline"
+        "--with-compile",
+        action="store_true",
+        help="torch.compile, OpenVINO and ONNX Runtime as peers on a CPU (takes long)",
+    )
+    group.addoption(
+        "--resume", action="store_true", help="skip what the results file has at this commit"
     )
 
 
@@ -51,124 +53,89 @@ def quick(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--quick"))
 
 
-def device_name(device: str) -> str:
-    """The hardware's own name: "NVIDIA H200", "Intel(R) Xeon(R) ..."."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    """A folder name: "Intel(R) Xeon(R) CPU @ 2.60GHz" -> "intel-xeon-cpu-2.60ghz"."""
-    plain = re.sub(r"\((r|tm|c)\)", " ", name.lower())
-    return re.sub(r"[^a-z0-9.]+", "-", plain).strip("-")
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(RESULTS.parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _gpu_state() -> dict[str, Any]:
-    """Clocks and the power limit, from the driver; empty without nvidia-ml-py."""
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    pynvml.nvmlInit()
-    gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
-    return {
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "max_sm_mhz": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-        "max_memory_mhz": pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-        "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
-    }
-
-
-def conditions(device: str) -> dict[str, Any]:
-    """What a number depends on, besides the code."""
-    from fastdiff._ext import ext
-
-    module = ext()
-    stamp: dict[str, Any] = {
-        "device": device_name(device),
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_since_commit": bool(
-            _git("status", "--porcelain", "--", "kernels", "fastdiff", "csrc")
-        ),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "extension": module.isa_name() if module else "none",
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    if device == "cuda":
-        stamp |= {"cuda": torch.version.cuda, **_gpu_state()}
-    return stamp
+def _now(device: str) -> stored.Results:
+    return stored.Results(conditions.machine(device), conditions.commit())
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, quick: bool) -> Callable[[str, dict[str, Any]], None]:
-    """record(device, row): prints the row at the end and keeps it, under its "name"."""
+def record(request: pytest.FixtureRequest, quick: bool) -> Callable[..., None]:
+    """record(device, row, timings=None, columns=None, ours=(), per=1): keeps it and prints it.
+
+    row: its "name" and its facts. timings: of the variants, divided by ``per`` (the steps in one
+    call, say); columns: what was derived for each; ours: which of them fastdiff computes.
+    """
     area = request.path.parent.name
 
-    def keep(device: str, row: dict[str, Any]) -> None:
-        request.config.stash[ROWS].append(row)
+    def keep(
+        device: str,
+        row: Mapping[str, Any],
+        timings: Mapping[str, Timing] | None = None,
+        columns: Mapping[str, Mapping[str, Any]] | None = None,
+        ours: Any = (),
+        per: int = 1,
+    ) -> None:
+        facts = {key: value for key, value in row.items() if key != "name"}
+        found = stored.Row(row["name"], facts)
+        for name, timing in (timings or {}).items():
+            seconds = [value / per for value in timing.seconds]
+            found.variants[name] = stored.variant(seconds, (columns or {}).get(name), name in ours)
+        request.config.stash[ROWS].append(found)
         if quick:
             return
-        stamp = conditions(device)
-        folder = RESULTS / slug(stamp["device"])
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{area}.json"
-        rows: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            before = json.loads(path.read_text())
-            if before["conditions"] == stamp:
-                rows = {old["name"]: old for old in before["rows"]}
-        # Others at work on the machine make a CPU number worthless; the load average shows them.
-        rows[row["name"]] = {**row, "load_average": os.getloadavg()[0]}
-        text = json.dumps({"conditions": stamp, "rows": list(rows.values())}, indent=1)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(text + "\n")
-        scratch.replace(path)
+        found.facts["state"] = conditions.state(device)
+        path, results = stored.of_area(area, _now(device))
+        results.rows[found.name] = found
+        stored.write(path, results)
 
     return keep
 
 
+@pytest.fixture
+def resumed(request: pytest.FixtureRequest, quick: bool) -> Callable[[str, str], None]:
+    """resumed(device, name): with ``--resume``, skips the test when the row is in the file."""
+
+    def skip(device: str, name: str) -> None:
+        if quick or not request.config.getoption("--resume"):
+            return
+        if name in stored.of_area(request.path.parent.name, _now(device))[1].rows:
+            pytest.skip("--resume: measured already")
+
+    return skip
+
+
+COLUMNS = {  # heading and format of the columns that ops have
+    "gb_per_s": ("GB/s", ".1f"),
+    "gflop_per_s": ("GFLOP/s", ".1f"),
+    "percent_of_limit": ("% limit", ".0f"),
+    "times_eager": ("x eager", ".2f"),
+    "times_compile": ("x compile", ".2f"),
+    "times_best_peer": ("x peer", ".2f"),
+}
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """One line per variant: microseconds, GB/s, percent of a copy, times eager."""
+    """One line per variant: microseconds, spread and the columns; else the row's facts."""
     write = terminalreporter.write_line
-    for row in config.stash[ROWS]:
-        if "variants" not in row:
-            write(f"\n{row.get('name')}: {row}")
-    rows = [row for row in config.stash[ROWS] if "variants" in row]
+    rows = config.stash[ROWS]
+    for row in (row for row in rows if not row.variants):
+        facts = {k: v for k, v in row.facts.items() if isinstance(v, (str, int, float))}
+        write(f"\n{row.name}: {facts or 'in the results file'}")
+    rows = [row for row in rows if row.variants]
     if not rows:
         return
-    width = max(len(row["name"]) for row in rows)
-    head = f"{'us':>10} {'+-':>5} {'GB/s':>8} {'% copy':>7} {'x eager':>8} {'x best':>7}"
-    write(f"\n{'':<{width}} {'':<9} {head}")
+    wide = max(len(row.name) for row in rows)
+    names = max(len(name) for row in rows for name in row.variants)
+    heads = " ".join(f"{title:>9}" for title, _ in COLUMNS.values())
+    write(f"\n{'':{wide}} {'':{names}} {'us':>11} {'+-':>5} {heads}")
     for row in rows:
-        label = row["name"]
-        for name, v in row["variants"].items():
-            line = f"{label:<{width}} {name:<9} {v['us']:>10.1f} {v['spread']:>5.0%} "
-            line += f"{v['gb_per_s']:>8.1f} {v['percent_of_copy']:>6.0f}% {v['times_eager']:>8.2f}"
-            if "times_best_baseline" in v:
-                line += f" {v['times_best_baseline']:>7.2f}"
-            write(line)
+        label = row.name
+        for name, which in row.variants.items():
+            spread = "" if which.spread is None else f"{which.spread:.0%}"
+            cells = " ".join(
+                f"{which.columns[key]:>9{form}}" if key in which.columns else " " * 9
+                for key, (_, form) in COLUMNS.items()
+            )
+            write(f"{label:{wide}} {name:{names}} {which.median * 1e6:>11.1f} {spread:>5} {cells}")
             label = ""
+        for name, reason in row.facts.get("left_out", {}).items():
+            write(f"{'':{wide}} {name:{names}} {reason}")

@@ -21,7 +21,7 @@ def import_seconds(module: str) -> float:
     return float(done.stdout)
 
 
-def test_import_fastdiff_beside_torch(benchmark):
+def test_import_fastdiff_beside_torch(benchmark, quick):
     baseline: list[float] = []
 
     def pair() -> float:
@@ -29,7 +29,7 @@ def test_import_fastdiff_beside_torch(benchmark):
         return import_seconds("fastdiff")
 
     ours: list[float] = []
-    benchmark.pedantic(lambda: ours.append(pair()), rounds=7, warmup_rounds=1)
+    benchmark.pedantic(lambda: ours.append(pair()), rounds=3 if quick else 7, warmup_rounds=1)
     ratio = statistics.median(ours[1:]) / statistics.median(baseline[1:])
     benchmark.extra_info.update(
         import_torch_s=statistics.median(baseline[1:]),

@@ -57,9 +57,12 @@ class _ColdDevice:
 
 
 def interleaved(
-    functions: Mapping[str, Function], device: torch.device, budget: float
+    functions: Mapping[str, Function],
+    device: torch.device,
+    budget: float,
+    least: int = MIN_ROUNDS,
 ) -> dict[str, Timing]:
-    """Times every function, in turns, for about ``budget`` seconds in total.
+    """Times every function, in turns, for about ``budget`` seconds but at least ``least`` rounds.
 
     On a GPU: CUDA events around each call and a cold L2. On a CPU: the wall clock and whatever the
     other variants left in the caches. Every function runs twice before the first timed round.
@@ -67,17 +70,17 @@ def interleaved(
     for function in functions.values():
         function()
     if device.type == "cuda":
-        return _interleaved_cuda(functions, device, budget)
+        return _interleaved_cuda(functions, device, budget, least)
     pilot = sum(_host_seconds(function) for function in functions.values())
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(_rounds(budget, pilot)):
+    for _ in range(_rounds(budget, pilot, least)):
         for name, function in functions.items():
             samples[name].append(_host_seconds(function))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
 def _interleaved_cuda(
-    functions: Mapping[str, Function], device: torch.device, budget: float
+    functions: Mapping[str, Function], device: torch.device, budget: float, least: int
 ) -> dict[str, Timing]:
     timed = _ColdDevice(device)
 
@@ -88,7 +91,7 @@ def _interleaved_cuda(
     start = time.perf_counter()
     one_round()
     torch.cuda.synchronize(device)
-    rounds = [one_round() for _ in range(_rounds(budget, time.perf_counter() - start))]
+    rounds = [one_round() for _ in range(_rounds(budget, time.perf_counter() - start, least))]
     torch.cuda.synchronize(device)
     return {
         name: Timing(
@@ -98,5 +101,5 @@ def _interleaved_cuda(
     }
 
 
-def _rounds(budget: float, one_round: float) -> int:
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(one_round, 1e-9))))
+def _rounds(budget: float, one_round: float, least: int) -> int:
+    return max(least, min(MAX_ROUNDS, int(budget / max(one_round, 1e-9))))

@@ -10,7 +10,7 @@ constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,14 +42,6 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def set_timesteps(scheduler: Any, steps: int, flow: bool) -> None:
     if flow:
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
@@ -71,7 +63,7 @@ def start_again(scheduler: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_overhead_per_step(
-    name: str, benchmark: Any, record: Callable[[str, dict[str, Any]], None], quick: bool
+    name: str, benchmark: Any, record: Callable[..., None], quick: bool
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
     from fastdiff.integrations import diffusers as adapters
@@ -140,11 +132,10 @@ def test_overhead_per_step(
     row = {
         "name": f"{name} step, 1x4x64x64 float32, one thread",
         "peer": f"diffusers {class_name} {diffusers.__version__}",
-        "us_per_step": us,
         "ratio": ratio,
         "ratio_adapter": us["diffusers"] / us["adapter"],
         "bar": bar,
     }
-    record("cpu", row)
+    record("cpu", row, timings, ours=("fastdiff", "adapter"), per=evaluations)
     print(f"\n{name}: " + ", ".join(f"{key} {value:.1f} us" for key, value in us.items()))
     assert ratio >= bar

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from fastdiff._canvas import COLOURS, GREY, LIGHT, MARKERS, Canvas
 from fastdiff.solvers.named import get_schedule
 from fastdiff.solvers.oracle import AnisotropicGaussian, GaussianMixture, Oracle
 from fastdiff.solvers.registry import Grid, make_table
@@ -121,68 +122,8 @@ def as_text(errors: Mapping[str, Sequence[float]], evaluations: Sequence[int]) -
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7F7F7F")
-_MARKERS = ("circle", "square", "triangle", "diamond", "down", "cross", "plus", "star")
-_SCALE = 2  # drawn twice as large, then reduced: smooth lines
 _SIZE = (920, 580)
 _BOX = (84, 56, 730, 510)  # left, top, right, bottom of the axes
-_GREY, _LIGHT = "#555555", "#DDDDDD"
-
-
-def _shape(kind: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
-    """The corners of a marker of radius r; empty for those made of lines or a circle."""
-    corners = {"square": (4, 45.0), "triangle": (3, -90.0), "diamond": (4, 0.0), "down": (3, 90.0)}
-    if kind == "star":
-        turns = [(-90.0 + 36 * i, r * 1.4 if i % 2 == 0 else r * 0.55) for i in range(10)]
-    elif kind in corners:
-        count, first = corners[kind]
-        turns = [(first + 360 * i / count, r * 1.3) for i in range(count)]
-    else:
-        return []
-    return [
-        (x + size * math.cos(math.radians(turn)), y + size * math.sin(math.radians(turn)))
-        for turn, size in turns
-    ]
-
-
-class _Canvas:
-    """Lines, text and markers in unscaled coordinates."""
-
-    def __init__(self) -> None:
-        self.picture = Image.new("RGB", (_SCALE * _SIZE[0], _SCALE * _SIZE[1]), "white")
-        self.draw = ImageDraw.Draw(self.picture)
-
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
-        scaled = [(_SCALE * x, _SCALE * y) for x, y in points]
-        self.draw.line(scaled, fill=colour, width=round(_SCALE * width), joint="curve")
-
-    def text(self, x: float, y: float, text: str, size: int, anchor: str, colour: str) -> None:
-        font = ImageFont.load_default(size=_SCALE * size)
-        self.draw.text((_SCALE * x, _SCALE * y), text, fill=colour, font=font, anchor=anchor)
-
-    def upright(self, x: float, y: float, text: str, size: int) -> None:
-        font = ImageFont.load_default(size=_SCALE * size)
-        left, top, right, bottom = (round(v) for v in font.getbbox(text))
-        label = Image.new("RGB", (right - left + 8, bottom - top + 8), "white")
-        ImageDraw.Draw(label).text((4 - left, 4 - top), text, fill=_GREY, font=font)
-        label = label.rotate(90, expand=True)
-        corner = (round(_SCALE * x - label.width / 2), round(_SCALE * y - label.height / 2))
-        self.picture.paste(label, corner)
-
-    def marker(self, kind: str, x: float, y: float, colour: str, r: float = 5.0) -> None:
-        corners = _shape(kind, x, y, r)
-        if corners:
-            scaled = [(_SCALE * a, _SCALE * b) for a, b in corners]
-            self.draw.polygon(scaled, fill=colour, outline="white", width=_SCALE)
-        elif kind == "circle":
-            box = [_SCALE * v for v in (x - r, y - r, x + r, y + r)]
-            self.draw.ellipse(box, fill=colour, outline="white", width=_SCALE)
-        else:
-            turn = 0.0 if kind == "plus" else math.pi / 4
-            for angle in (turn, turn + math.pi / 2):
-                dx, dy = 1.2 * r * math.cos(angle), 1.2 * r * math.sin(angle)
-                self.line([(x - dx, y - dy), (x + dx, y + dy)], colour, 2.5)
 
 
 def draw(
@@ -195,8 +136,8 @@ def draw(
 
     Raises ValueError for more solvers, none, or no positive number.
     """
-    if not 1 <= len(errors) <= len(_COLOURS):
-        raise ValueError(f"solvers must be 1 to {len(_COLOURS)} names, got {len(errors)}")
+    if not 1 <= len(errors) <= len(COLOURS):
+        raise ValueError(f"solvers must be 1 to {len(COLOURS)} names, got {len(errors)}")
     shown = [v for values in errors.values() for v in values if math.isfinite(v) and v > 0]
     if not shown:
         raise ValueError("errors must hold a positive finite number, got none")
@@ -211,25 +152,25 @@ def draw(
     def down(error: float) -> float:
         return bottom - (bottom - top) * (math.log10(error) - low) / (high - low)
 
-    canvas = _Canvas()
+    canvas = Canvas(_SIZE)
     for decade in range(low, high + 1):
         for minor in range(2, 10) if decade < high else ():
             y = down(minor * 10.0**decade)
             canvas.line([(left, y), (right, y)], "#F2F2F2", 1)
     for decade in range(low, high + 1):
         y = down(10.0**decade)
-        canvas.line([(left - 5, y), (right, y)], _LIGHT, 1)
-        canvas.text(left - 10, y, f"1e{decade}", 13, "rm", _GREY)
+        canvas.line([(left - 5, y), (right, y)], LIGHT, 1)
+        canvas.text(left - 10, y, f"1e{decade}", 13, "rm", GREY)
     for count in sorted(set(evaluations)):
         x = across(count)
-        canvas.line([(x, top), (x, bottom + 5)], _LIGHT, 1)
-        canvas.text(x, bottom + 10, str(count), 13, "mt", _GREY)
-    canvas.line([(left, top), (left, bottom), (right, bottom)], _GREY, 1.5)
-    canvas.text((left + right) / 2, bottom + 36, "model evaluations", 15, "mt", _GREY)
+        canvas.line([(x, top), (x, bottom + 5)], LIGHT, 1)
+        canvas.text(x, bottom + 10, str(count), 13, "mt", GREY)
+    canvas.line([(left, top), (left, bottom), (right, bottom)], GREY, 1.5)
+    canvas.text((left + right) / 2, bottom + 36, "model evaluations", 15, "mt", GREY)
     canvas.upright(22, (top + bottom) / 2, "root mean square error", 15)
     canvas.text(left, 28, title, 16, "lm", "black")
 
-    styles = list(zip(errors.items(), _COLOURS, _MARKERS, strict=False))
+    styles = list(zip(errors.items(), COLOURS, MARKERS, strict=False))
     # The first is drawn last, above the others.
     for (_, values), colour, kind in reversed(styles):
         run: list[tuple[float, float]] = []
@@ -247,4 +188,4 @@ def draw(
         canvas.line([(right + 18, y), (right + 50, y)], colour, 2)
         canvas.marker(kind, right + 34, y, colour)
         canvas.text(right + 60, y, name, 14, "lm", "black")
-    return canvas.picture.resize(_SIZE, Image.Resampling.LANCZOS)
+    return canvas.finished()
