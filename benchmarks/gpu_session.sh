@@ -36,7 +36,7 @@ collect() { # what is newer than the start, into $OUT/<device>/
     done
 }
 
-(while sleep 10; do collect; done) &
+(while sleep 10; do collect; done) >/dev/null 2>&1 &
 COLLECTOR=$!
 trap 'kill $COLLECTOR 2>/dev/null; collect; rm -f "$MARK"' EXIT
 
