@@ -124,6 +124,13 @@ def work_of(case: Case) -> float:
     return case.batch * call * max(1, case.workload.steps)
 
 
+def check_flops(case: Case, call: float) -> None:
+    """What is measured is what the targets speak of: as many operations, to one part in a hundred."""
+    if case.workload.call_tflop is not None:
+        ratio = call / (case.batch * case.workload.call_tflop * 1e12)
+        assert 0.99 < ratio < 1.01, f"{case.name}: {ratio:.3f} of the target's operations"
+
+
 @pytest.mark.parametrize("case", cases())
 def test_run(
     case: Case,
@@ -162,6 +169,7 @@ def test_run(
         failed = []
         gate, call, decode = store.gate(case)
         pair = store.pair(case)
+        check_flops(case, call)
         flops = call * max(1, case.workload.steps) + decode
         for number, variant in enumerate(todo):
             if reason := budget.why_not(case.seconds(variant, flops, wanted)):
