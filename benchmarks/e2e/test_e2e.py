@@ -125,7 +125,7 @@ def work_of(case: Case) -> float:
 
 
 def check_flops(case: Case, call: float) -> None:
-    """What is measured is what the targets speak of: as many operations, to one part in a hundred."""
+    """What is measured is what the targets speak of: as many operations, within one percent."""
     if case.workload.call_tflop is not None:
         ratio = call / (case.batch * case.workload.call_tflop * 1e12)
         assert 0.99 < ratio < 1.01, f"{case.name}: {ratio:.3f} of the target's operations"
