@@ -13,7 +13,8 @@ SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt \
 	-o -name '*.cu' -o -name '*.cuh' -o -name '*.safetensors' -o -name 'py.typed' \))
 
 .PHONY: demo test install-dev develop lint format aot kernel-report check-native bench evaluate wheel-check \
-	gpu gpu-build gpu-test gpu-bench gpu-bench-ops gpu-bench-e2e gpu-sanitize clean help
+	gpu gpu-build gpu-test gpu-bench gpu-bench-ops gpu-bench-e2e gpu-sanitize \
+	gpu-wheels clean help
 
 help:
 	@echo "make demo          venv, install, draw $(OUT)"
@@ -114,11 +115,23 @@ gpu-test: gpu-build
 gpu-bench: gpu-bench-ops gpu-bench-e2e
 
 gpu-bench-ops: gpu-build
-	$(GPU_PIECE) $(GPU_RUN) -m pytest benchmarks/ops benchmarks/solvers -m gpu $(GPU_BENCH) \
+	$(GPU_PIECE) $(GPU_RUN) -m pytest benchmarks/solvers benchmarks/ops -m gpu $(GPU_BENCH) \
 		$(PYTEST_ARGS)
 
 gpu-bench-e2e: gpu-build
 	$(GPU_PIECE) $(GPU_RUN) -m pytest benchmarks/e2e -m gpu $(GPU_BENCH) $(PYTEST_ARGS)
+
+# For a GPU machine without a network whose Python has PyTorch and Triton and little else: wheels
+# that benchmarks/gpu_session.sh puts beside its packages. Run where pip works.
+GPU_WHEELS ?= .whl
+GPU_LACKS ?= pytest pytest-benchmark pytest-xdist pluggy iniconfig py-cpuinfo execnet diffusers \
+	importlib_metadata zipp pygments packaging setuptools pybind11 ninja nvidia-ml-py
+GPU_PLATFORMS := $(foreach n,5 12 17 24 27 28 34 35,--platform manylinux_2_$(n)_x86_64) \
+	--platform manylinux2014_x86_64 --platform manylinux1_x86_64
+
+gpu-wheels:
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(GPU_PLATFORMS) -c constraints.txt -d $(GPU_WHEELS) $(GPU_LACKS)
 
 gpu-sanitize: gpu-build
 	$(GPU_PIECE) $(GPU_RUN) csrc/sanitize.py

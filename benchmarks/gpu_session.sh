@@ -8,10 +8,12 @@
 # which belong into benchmarks/results/<device>/: with those of an earlier command put there, the
 # benchmarks go on where they stopped.
 #
-#   WHEELS=.whl    a folder of wheels that this Python lacks (pytest, pytest-benchmark, diffusers,
-#                  pybind11, ninja, nvidia-ml-py, ...), installed beside its packages, not into them
+#   WHEELS=.whl    a folder of wheels that this Python lacks (`make gpu-wheels` fetches them where
+#                  there is a network), put beside its packages, not into them
 #   COMMIT=...     the commit of these sources, where .git did not travel with them
 #   LIMIT=570      seconds for all pieces together: each gets what is left
+#
+# Worth most first, in three commands: "build test", "e2e", "ops sanitize".
 set -u
 OUT=${OUT:-build/gpu-out}
 LIMIT=${LIMIT:-570}
