@@ -25,23 +25,26 @@ Denoise = Callable[[int | None], Tensor]
 Decode = Callable[[Tensor], Tensor]
 
 
-def scheduler_of(pair: Pair, steps: int) -> Any:
-    """diffusers' scheduler, its steps set as the pipelines set them."""
+def scheduler_of(pair: Pair) -> tuple[Any, Callable[[int], None]]:
+    """(diffusers' scheduler, what sets its steps as the pipelines do in every call)."""
     import diffusers
 
     work = pair.workload
     config = dict(work.scheduler)
     made = getattr(diffusers, config.pop("_class_name"))(**config)
-    if work.family != "flux":
-        made.set_timesteps(steps, device=pair.device)
-        return made
-    named: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
-    if config.get("use_dynamic_shifting"):
-        low, high = config["base_image_seq_len"], config["max_image_seq_len"]
-        slope = (config["max_shift"] - config["base_shift"]) / (high - low)
-        named["mu"] = config["base_shift"] + slope * (tokens_of(pair) - low)
-    made.set_timesteps(device=pair.device, **named)
-    return made
+
+    def start(steps: int) -> None:
+        if work.family != "flux":
+            made.set_timesteps(steps, device=pair.device)
+            return
+        named: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+        if config.get("use_dynamic_shifting"):
+            low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+            slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+            named["mu"] = config["base_shift"] + slope * (tokens_of(pair) - low)
+        made.set_timesteps(device=pair.device, **named)
+
+    return made, start
 
 
 def tokens_of(pair: Pair) -> int:
@@ -62,9 +65,10 @@ def diffusers_loop(pair: Pair, model: Callable[..., Any]) -> Denoise:
     work = pair.workload
     predict = pair.peer_call(model)
     dtype = next(pair.peer.parameters()).dtype
+    scheduler, start = scheduler_of(pair)
 
     def run(steps: int | None = None) -> Tensor:
-        scheduler = scheduler_of(pair, steps or work.steps)
+        start(steps or work.steps)
         x = pair.noise.to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
         if work.family == "flux":
             x = pack(x)

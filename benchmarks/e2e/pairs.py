@@ -8,6 +8,7 @@ the tensors in its own layout, so that the two compute the same function.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -207,6 +208,16 @@ class Pair:
 
     def flops(self) -> int:
         """Of one call of the model, by PyTorch's counter over diffusers' module."""
+        return self.batch * self._of_one()._flops()
+
+    def _of_one(self) -> Pair:
+        """The same models for one picture: counting keeps whole matrices of attention."""
+        one, rows = copy.copy(self), self.workload.rows
+        one.batch, one.noise = 1, self.noise[:1]
+        one.given = {name: value[:rows] for name, value in self.given.items()}
+        return one
+
+    def _flops(self) -> int:
         work = self.workload
         dtype = next(self.peer.parameters()).dtype
         x = self.noise.repeat(work.rows, 1, 1, 1).to(dtype)
@@ -223,8 +234,8 @@ class Pair:
             return 0
         dtype = next(self.peer_vae.parameters()).dtype
         with _counting() as counter:
-            self.peer_vae.decode(self.noise.to(dtype))
-        return counter.get_total_flops()
+            self.peer_vae.decode(self.noise[:1].to(dtype))
+        return self.batch * counter.get_total_flops()
 
 
 @contextlib.contextmanager

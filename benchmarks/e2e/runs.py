@@ -1,6 +1,6 @@
 """One variant of a workload: its gate, then its figures.
 
-The gate: a short run (``GATE_STEPS``) from the same noise, against diffusers' own loop in float32.
+The gate: a short run (``gate_steps``) from the same noise, against diffusers' own loop in float32.
 A variant that promises the same function must be at most ``GATE_DB`` below diffusers in bf16, in
 dB of its final latents, or, for a decoder, of its picture. One that changes results (fp8, step
 cache) must be clearly nearer to the right latents than those are to themselves moved by half a
@@ -26,13 +26,15 @@ from pairs import Pair
 from sampler import Sampler
 from torch import Tensor
 from variants import Ready, Variant, applied, forget
+from workloads import Workload
 
 from fastdiff.testing import psnr
 
 GATE_STEPS = 4
 GATE_DB = 1.0
 MARGIN_DB = 6.0
-LEAST_RUNS, MOST_RUNS = 3, 50
+MOST_RUNS = 50
+LONG_RUN = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,14 @@ class Gate:
         return found
 
 
-def gate_steps(pair: Pair) -> int | None:
-    return min(pair.workload.steps, GATE_STEPS) or None
+def gate_steps(work: Workload, batch: int) -> int | None:
+    """Of the short run: 4 for one picture, 2 for 4, 1 for 16, as float32 takes long."""
+    return min(work.steps, max(1, int(GATE_STEPS / batch**0.5))) or None
 
 
 def result(ready: Ready, pair: Pair) -> Tensor:
     """What is compared: latents, or a decoder's picture."""
-    latents = ready.denoise(gate_steps(pair))
+    latents = ready.denoise(gate_steps(pair.workload, pair.batch))
     if pair.workload.family != "autoencoder":
         return latents.clone()
     assert ready.decode is not None
@@ -70,7 +73,12 @@ def result(ready: Ready, pair: Pair) -> Tensor:
 
 def make_gate(pair: Pair) -> Gate:
     """Leaves diffusers' modules in the pair's dtype."""
-    right = result(_eager(pair.to(torch.float32)), pair).float().cpu()
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        right = result(_eager(pair.to(torch.float32)), pair).float().cpu()
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
     forget()
     low = result(_eager(pair.to(pair.dtype)), pair).float().cpu()
     half = [side // 2 for side in right.shape[2:]]
@@ -160,9 +168,10 @@ def _first(ready: Ready, pair: Pair) -> tuple[float, Tensor]:
 
 def _figures(ready: Ready, pair: Pair, seconds: float) -> dict[str, Any]:
     cuda = pair.device.type == "cuda"
-    pilot = sum(one_run(ready, pair))  # graphs are recorded in the second call
-    pilot = min(pilot, sum(one_run(ready, pair)))
-    count = max(LEAST_RUNS, min(MOST_RUNS, int(seconds / pilot)))
+    pilot = sum(one_run(ready, pair))
+    if pilot < LONG_RUN:  # graphs may be recorded in the second call only
+        pilot = min(pilot, sum(one_run(ready, pair)))
+    count = max(least_runs(pilot), min(MOST_RUNS, int(seconds / pilot)))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     loops, decodes = [], []
@@ -186,6 +195,11 @@ def _figures(ready: Ready, pair: Pair, seconds: float) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
         **sampler.facts(pair.batch * count),
     }
+
+
+def least_runs(seconds: float) -> int:
+    """How many runs are timed at least, if one takes so long."""
+    return 3 if seconds < LONG_RUN else 1
 
 
 def percentile(values: list[float], part: float) -> float:

@@ -35,7 +35,7 @@ from workloads import Workload
 SECONDS = {"cuda": 6.0, "cpu": 8.0}  # of timed runs, for each variant
 QUICK_SECONDS = 0.2
 # For the estimates alone: FLOP/s that a run reaches, seconds to capture and to compile.
-REACHED = {"cuda": 3e14, "cpu": 4e11}
+REACHED, IN_FLOAT32 = {"cuda": 3e14, "cpu": 4e11}, {"cuda": 3e13, "cpu": 1e11}
 CAPTURE, COMPILE = {"cuda": 15.0, "cpu": 8.0}, {"cuda": 90.0, "cpu": 60.0}
 # Of the small models: a U-Net, a transformer and a decoder.
 QUICK = ("SD1.5 small", "SD3-medium small", "VAE decode small")
@@ -65,7 +65,13 @@ class Case:
         ready = 0.0 if variant.by == "eager" else CAPTURE[self.device]
         if variant.slow or variant.by in engines.CONVERTERS:
             ready = COMPILE[self.device]
-        return ready + 4 * run + max(wanted, runs.LEAST_RUNS * run)
+        return ready + 3 * run + max(wanted, runs.least_runs(run) * run)
+
+    def gate_seconds(self) -> float:
+        """About how long the models' making and the gate's float32 take."""
+        steps = runs.gate_steps(self.workload, self.batch) or 1
+        call = (self.workload.call_tflop or 0.0) * 1e12
+        return CAPTURE[self.device] + steps * self.batch * call / IN_FLOAT32[self.device]
 
 
 def cases() -> Iterator[Any]:
@@ -163,7 +169,7 @@ def test_run(
             todo.append(variant)
     if not todo:
         pytest.skip("; ".join(f"{name}: {why}" for name, why in left_out.items()))
-    budget.need(CAPTURE[case.device] + case.seconds(todo[0], work_of(case), wanted))
+    budget.need(case.gate_seconds() + case.seconds(todo[0], work_of(case), wanted))
 
     def measured() -> None:
         failed = []
