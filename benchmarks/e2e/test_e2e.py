@@ -1,9 +1,9 @@
 """Whole sampling runs of public models, ours beside what a user would take instead.
 
-``-m gpu``: the public sizes in bf16 with random weights, batches of 1, 4 and 16; without a GPU the
-same suite on small models, and SD1.5's own U-Net on a quarter of the picture (``--quick``: the
-small ones alone, fewer variants). One row for each variant of a workload and a batch; the order of
-the tests is that of their worth, so that a short ``--budget`` has the most of it.
+``-m gpu``: the public sizes in bf16 with random weights, batches of 1, 4 and 16. Without a GPU the
+same suite on small models and, with every variant, on SD1.5's U-Net of half the widths; with
+``--quick`` three small models and fewer variants. One row for each variant of a workload and a
+batch; the order of the tests is that of their worth, so that a short ``--budget`` has the most.
 
 A variant is timed after its gate only (`runs.py`). ``percent_of_limit``: the time its products
 take at the rate that a square product reached in this run, over its time.
@@ -32,11 +32,12 @@ from timing import Timing
 from variants import Variant, variants_for, why_not
 from workloads import Workload
 
-SECONDS = {"cuda": 6.0, "cpu": 8.0}  # of timed runs, for each variant
-QUICK_SECONDS = 0.2
+SECONDS = {"cuda": 6.0, "cpu": 6.0}  # of timed runs, for each variant
+SMALL_SECONDS = 0.3
 # For the estimates alone: FLOP/s that a run reaches, seconds to capture and to compile.
 REACHED, IN_FLOAT32 = {"cuda": 3e14, "cpu": 4e11}, {"cuda": 3e13, "cpu": 1e11}
 CAPTURE, COMPILE = {"cuda": 15.0, "cpu": 8.0}, {"cuda": 90.0, "cpu": 60.0}
+SMALL_TIERS = (0, 1)
 # Of the small models: a U-Net, a transformer and a decoder.
 QUICK = ("SD1.5 small", "SD3-medium small", "VAE decode small")
 # (tier of the variants, batch), by worth.
@@ -83,7 +84,7 @@ def cases() -> Iterator[Any]:
     for tier in sorted({tier for tier, _ in PASSES}):
         for work in workloads.CPU:
             case = Case(work, 1, tier, "cpu")
-            if case.variants():
+            if case.variants() and (tier in SMALL_TIERS or work not in workloads.SMALL):
                 yield pytest.param(case, id=f"{case.name}-{tier}-cpu")
 
 
@@ -154,7 +155,8 @@ def test_run(
     if case.device == "cpu" and torch.cuda.is_available():
         pytest.skip("a GPU is here: its own sizes")
     with_compile = bool(pytestconfig.getoption("--with-compile"))
-    wanted = QUICK_SECONDS if quick else SECONDS[case.device]
+    small = case.workload in workloads.SMALL
+    wanted = SMALL_SECONDS if small else SECONDS[case.device]
     left_out: dict[str, str] = {}
     todo = []
     for variant in case.variants():
@@ -182,7 +184,7 @@ def test_run(
                 left_out[variant.name] = reason
                 continue
             folder = tmp_path / str(number)
-            warm = not quick and not variant.slow
+            warm = not small and not variant.slow
             try:
                 found = runs.measure(variant, pair, gate, wanted, folder, warm)
             except Exception as error:  # the others are still worth measuring

@@ -155,12 +155,11 @@ SMALL = (
     ),
     Workload("VAE decode small", "autoencoder", _SMALL_VAE, (4, 16, 16), 0, size="widths 32, 64"),
 )  # fmt: skip
-# Two cores: the public U-Net with its widths and depth, on a quarter of the picture.
-CPU = (
-    replace(
-        GPU[0], name="SD1.5 256", latent=(4, 32, 32), steps=4, vae=None, call_tflop=None,
-        size="4 steps",
-    ),
-    *SMALL,
+# Two cores: half the widths of the public U-Net, one layer a level, a quarter of the picture.
+HALF = Workload(
+    "SD1.5 half", "unet", unet.UNetConfig(channels=(160, 320, 640, 640), num_res_blocks=1),
+    (4, 32, 32), 4, EULER, 7.5,
+    cache="deepcache", size="half the widths, 1 layer a level, 32x32, 4 steps",
 )  # fmt: skip
+CPU = (HALF, *SMALL)
 BATCHES = (1, 4, 16)
