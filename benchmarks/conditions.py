@@ -93,9 +93,9 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether the sources differ from it."""
+    """The commit, and whether the sources differ from it; $COMMIT where .git is not with them."""
     return {
-        "id": _git("rev-parse", "HEAD"),
+        "id": _git("rev-parse", "HEAD") or os.environ.get("COMMIT", ""),
         "dirty": bool(_git("status", "--porcelain", "--", *SOURCES)),
     }
 

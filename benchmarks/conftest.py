@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import budget as budgets
 import conditions
 import pytest
 import stored
@@ -18,6 +19,7 @@ import torch
 from timing import Timing
 
 ROWS = pytest.StashKey[list[stored.Row]]()
+BUDGET = pytest.StashKey[budgets.Budget]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,9 +36,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--resume", action="store_true", help="skip what the results file has at this commit"
     )
 
+    group.addoption(
+        "--budget", type=budgets.positive, metavar="SECONDS", help="leave out what does not fit"
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[BUDGET] = budgets.Budget(config.getoption("--budget"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +53,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def budget(pytestconfig: pytest.Config) -> budgets.Budget:
+    """What is left of ``--budget``."""
+    return pytestconfig.stash[BUDGET]
+
+
+@pytest.fixture(autouse=True)
+def _in_budget(budget: budgets.Budget) -> None:
+    """Nothing starts when the time is over; benchmarks that take long ask for more themselves."""
+    budget.need(1.0)
 
 
 @pytest.fixture
