@@ -45,7 +45,6 @@ pytestmark = [
 SHARED_CACHE = True
 
 
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
