@@ -117,9 +117,9 @@ def test_norms_that_the_model_calls_as_ops() -> None:
 
     def more(m: Any, x: Tensor) -> Any:
         total, row = x + m.conv(x), x.mean((2, 3))
-        return [norm(total, 2, **{name: row}) for name in ("add", "scale", "shift")], norm(
-            total, 2, skip=x
-        )
+        given: list[dict[str, Any]] = [{name: row} for name in ("add", "scale", "shift")]
+        given += [{"skip": x}, {"impl": "reference"}]
+        return [norm(total, 2, **one) for one in given]
 
     assert run(more, conv=nn.Conv2d(8, 8, 1)) == {}
 

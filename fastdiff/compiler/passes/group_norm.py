@@ -32,10 +32,13 @@ def fuse_add_group_norm(graph: fx.Graph) -> int:
 
 
 def _calls_own(node: fx.Node) -> bool:
-    """Whether it is our op of x alone: nothing added, scaled, shifted or joined."""
+    """Whether it is our op of x alone: nothing added, scaled, shifted or joined, and no kernel
+    asked for."""
     given = ((4, "add"), (5, "scale"), (6, "shift"), (9, "skip"))
-    return node.target is torch.ops.fastdiff.group_norm_silu.default and all(
-        argument(node, *one) is None for one in given
+    return (
+        node.target is torch.ops.fastdiff.group_norm_silu.default
+        and all(argument(node, *one) is None for one in given)
+        and argument(node, 10, "impl", "auto") == "auto"
     )
 
 
