@@ -71,11 +71,55 @@ def dit_xl(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-DENOISERS = {"sd15": sd15, "dit-xl-2": dit_xl, "small": small}
+def sdxl(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """SDXL's U-Net on 64x64 latents, a batch of 2 for guidance."""
+    from diffusers import UNet2DConditionModel
+
+    make: dict[str, Any] = {"sample_size": 64, "block_out_channels": (320, 640, 1280)}
+    make |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")}
+    make |= {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
+    make |= {"attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10)}
+    make |= {"cross_attention_dim": 2048, "use_linear_projection": True}
+    make |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+    make |= {"projection_class_embeddings_input_dim": 2816}
+    model = _empty(lambda: UNet2DConditionModel(**make), dtype)
+    added = {"text_embeds": torch.randn(2, 1280).to(dtype), "time_ids": torch.full((2, 6), 512.0)}
+    return random_weights(model), {
+        "sample": torch.randn(2, 4, 64, 64).to(dtype),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(2, 77, 2048).to(dtype),
+        "added_cond_kwargs": added,
+    }
+
+
+class Decoder(nn.Module):
+    """The half of an autoencoder that a picture needs."""
+
+    def __init__(self, autoencoder: Any) -> None:
+        super().__init__()
+        self.decoder = autoencoder.decoder
+        self.conv = autoencoder.post_quant_conv
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        return (self.decoder(self.conv(sample)),)
+
+
+def vae(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """Stable Diffusion's decoder, one 512x512 image."""
+    from diffusers import AutoencoderKL
+
+    make: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+    make |= {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    make |= {"up_block_types": ("UpDecoderBlock2D",) * 4}
+    model = _empty(lambda: Decoder(AutoencoderKL(**make)), dtype)
+    return random_weights(model), {"sample": torch.randn(1, 4, 64, 64).to(dtype)}
+
+
+DENOISERS = {"sd15": sd15, "sdxl": sdxl, "dit-xl-2": dit_xl, "vae": vae, "small": small}
 
 
 def result(output: Any) -> Tensor:
     """The one tensor that these models return."""
-    found = output.sample
+    found = output[0]
     assert isinstance(found, Tensor)
     return found

@@ -1,20 +1,25 @@
 """One step of whole denoisers in bf16 on a CPU, beside eager PyTorch and torch.compile.
 
 Taking turns: "eager", "eager channels last", with ``--with-compile`` "torch.compile" (channels
-last, weights frozen by Inductor: the fastest way we know), "fastdiff" and "fastdiff freeze". Each
-variant has a copy of the weights of its own and sees another sample and time in every call, as in a
-sampling run. Nothing is timed before its error against float32 was at most twice eager's.
+last, weights frozen by Inductor: the fastest way we know), "openvino" where it is installed,
+"fastdiff" and "fastdiff freeze". Each variant sees another sample and time in every call, as in a
+sampling run; eager's and fastdiff's share one copy of the weights. SDXL's peers but eager need more
+memory than its weights four times: they are left out below 48 GiB. Nothing is timed before its
+error against float32 was at most twice eager's.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from denoisers import DENOISERS, result
+from peers import OpenVino, wide
 from timing import interleaved
 from torch import Tensor, nn
 
@@ -32,7 +37,8 @@ class Run:
 
     def __init__(self, model: Callable[..., Any], inputs: dict[str, Any], last: bool) -> None:
         names = list(inputs)
-        self._model, self._inputs, self._sample, self._time = model, inputs, names[0], names[1]
+        self._model, self._inputs, self._sample = model, inputs, names[0]
+        self._time = names[1] if len(names) > 1 else ""
         form = torch.channels_last if last else torch.contiguous_format
         self._samples = [
             (inputs[self._sample] * (1 + i / 8)).contiguous(memory_format=form) for i in range(4)
@@ -43,31 +49,43 @@ class Run:
         call = self._calls % CALLS
         self._calls += 1
         inputs = {**self._inputs, self._sample: self._samples[call % 4]}
-        inputs[self._time] = self._inputs[self._time] * 0 + 999 - 15 * call
+        if self._time:
+            inputs[self._time] = self._inputs[self._time] * 0 + 999 - 15 * call
         return result(self._model(**inputs))
 
 
 def variants(
-    model: nn.Module, inputs: dict[str, Any], with_compile: bool
+    model: nn.Module, inputs: dict[str, Any], with_compile: bool, peers: bool
 ) -> dict[str, Callable[[], Tensor]]:
     def last() -> Any:
         found: Any = copy.deepcopy(model)
         return found.to(memory_format=torch.channels_last)
 
+    def same() -> nn.Module:
+        """Modules of their own over the same weights."""
+        tensors = [*model.parameters(), *model.buffers()]
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
     found: dict[str, Callable[[], Tensor]] = {"eager": Run(model, inputs, False)}
-    if any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride
+    if peers and any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride
            for module in model.modules()):  # fmt: skip
         found["eager channels last"] = Run(last(), inputs, True)
-    if with_compile:
+    if with_compile and peers:
         torch._inductor.config.freezing = True
         found["torch.compile"] = Run(torch.compile(last(), dynamic=False), inputs, True)
-    plain, frozen = copy.deepcopy(model), copy.deepcopy(model)
-    found["fastdiff"] = Run(fastdiff.compile(plain), inputs, False)
-    found["fastdiff freeze"] = Run(fastdiff.compile(frozen, freeze=True), inputs, False)
+    if peers and importlib.util.find_spec("openvino"):
+        found["openvino"] = Run(OpenVino(model, inputs), inputs, False)
+    found["fastdiff"] = Run(fastdiff.compile(same()), inputs, False)
+    found["fastdiff freeze"] = Run(fastdiff.compile(same(), freeze=True), inputs, False)
     return found
 
 
-@pytest.mark.parametrize("name", ["sd15", "dit-xl-2"])
+def room() -> bool:
+    """Whether several engines may hold a large model at once."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >= 48 * 2**30
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "dit-xl-2", "vae"])
 @torch.no_grad()
 def test_step(
     name: str, quick: bool, pytestconfig: pytest.Config, benchmark: Any, record: Any
@@ -77,12 +95,8 @@ def test_step(
         pytest.skip("--quick: one small model")
     name = "small" if quick else name
     model, inputs = DENOISERS[name](torch.bfloat16)
-    functions = variants(model, inputs, with_compile)
-    exact = Run(
-        copy.deepcopy(model).float(),
-        {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()},
-        False,
-    )()
+    exact = Run(copy.deepcopy(model).float(), wide(inputs), False)()
+    functions = variants(model, inputs, with_compile, name != "sdxl" or room())
     eager = Run(model, inputs, False)()
     for variant, function in functions.items():
         if variant.startswith("fastdiff"):

@@ -28,7 +28,7 @@ def compile(
     max_graph_bytes: int = MAX_BYTES,
     quantize: str | None = None,
     skip: Iterable[str] = (),
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     disk_cache: bool = True,
     layout: str = "auto",
     components: Iterable[str] | None = None,
@@ -72,7 +72,9 @@ def compile(
         diffusers keeps in float32; :func:`uncompile` does not undo it. Inputs in the dtype that
         it had are cast on the way in (not times, and not what is called ``...ids``), and results
         back to the dtype of the sample. Of a pipeline, all models are cast, as ``pipe.to(dtype)``
-        does; ``quantize`` does not concern its autoencoder.
+        does; ``quantize`` does not concern its autoencoder. None: the model's own. "auto": bfloat16
+        for a float32 model on a CPU with AMX or AVX512_BF16 (that oneDNN may use), else its own;
+        the report says which.
     disk_cache: store captured graphs (not weights) in the folder ``graphs`` of
         ``fastdiff.environment.cache_folder()``, and use those that an earlier process stored for
         the same code, settings and shapes. At most 512 MiB; the report says what was not stored.

@@ -18,7 +18,7 @@ from fastdiff.compiler.cuda_graphs import Droppable, Pool
 from fastdiff.compiler.lora import Scales, take_scale
 from fastdiff.compiler.options import Options
 from fastdiff.compiler.passes.quantize import errors
-from fastdiff.compiler.precision import Cast, cast
+from fastdiff.compiler.precision import Cast, cast, dtypes, instructions
 from fastdiff.compiler.reports import Report
 from fastdiff.compiler.runner import Runner, instead
 
@@ -320,6 +320,8 @@ class Compiled:
             ),
             stepwise=dict(self.stepwise),
             cache="" if self.options.cache is None else self.options.cache.kind,
+            dtype=dtypes(self.model),
+            instructions=instructions() if _on_cpu(self.model) else "",
         )
 
     def _quantized(self, entries: list[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -359,3 +361,7 @@ def _shapes_key(inputs: dict[str, Any]) -> Any:
     except TypeError:
         described = tuple(map(repr, described))
     return described, structure
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return any(p.device.type == "cpu" for p in model.parameters())

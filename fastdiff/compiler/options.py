@@ -13,7 +13,7 @@ from fastdiff.compiler.cuda_graphs import MAX_BYTES
 MODES = ("default", "max")
 QUANTIZE = (None, "int8", "fp8")
 LAYOUTS = ("auto", "channels_last", "contiguous")
-DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (None, "auto", torch.bfloat16, torch.float16, torch.float32)
 
 # What each kind of step cache can be told, besides what all can.
 CACHES = {"deepcache": ("interval", "branch"), "first_block": ("threshold",)}
@@ -84,7 +84,7 @@ class Options:
     max_graph_bytes: int = MAX_BYTES
     quantize: str | None = None
     skip: tuple[str, ...] = ()
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     disk_cache: bool = True
     cache: CacheOptions | None = None
     layout: str = "auto"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
+import platform
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastdiff._ext import ext
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,65 @@ class Cast:
         )
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 products (AMX, AVX512_BF16), and oneDNN may use them:
+    ``ONEDNN_MAX_CPU_ISA`` counts. bf16 that is computed otherwise is slower than float32."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    may = most in ("", "ALL", "DEFAULT") or any(name in most for name in _WITH_BF16)
+    return may and bool(torch.cpu._is_avx512_bf16_supported())  # all that have AMX have it
+
+
+# In the names of oneDNN's instruction sets with bf16 products.
+_WITH_BF16 = ("BF16", "FP16", "AMX", "AVX10")
+
+
+def _chosen(model: nn.Module, known: Cast | None) -> torch.dtype | None:
+    """What "auto" stands for."""
+    if known is not None and known.after == torch.bfloat16:
+        return known.after  # chosen before
+    kinds = {(p.device.type, p.dtype) for p in model.parameters() if p.is_floating_point()}
+    here = kinds == {("cpu", torch.float32)}
+    return torch.bfloat16 if here and multiplies_bf16() else None
+
+
+def instructions() -> str:
+    """What the C++ kernels and PyTorch's layers compute with on this CPU."""
+    module = ext()
+    mine = "none, no extension"
+    if module is not None:
+        level = module.attention_level()
+        mine = module.isa_name() + {3: ", AVX512_BF16", 4: ", AMX"}.get(level, "")
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    theirs = torch.backends.cpu.get_cpu_capability()
+    theirs += f", oneDNN up to {most}" if most else ""
+    products = "with" if multiplies_bf16() else "without"
+    return f"kernels {mine}; PyTorch {theirs}, {products} bfloat16 products"
+
+
+def dtypes(model: nn.Module) -> str:
+    """Those of its weights, the most frequent first."""
+    floating = (p for p in model.parameters() if p.is_floating_point())
+    found = Counter(str(p.dtype).removeprefix("torch.") for p in floating)
+    return ", ".join(name for name, _ in found.most_common())
+
+
 def cast(
-    model: nn.Module, dtype: torch.dtype | None, roles: Mapping[str, str], known: Cast | None
+    model: nn.Module, dtype: torch.dtype | str | None, roles: Mapping[str, str], known: Cast | None
 ) -> Cast | None:
     """Casts a model in place; None where there is nothing to cast.
 
     The parts that a model of diffusers keeps in float32 stay so. known: what an earlier call did.
     ValueError for a model that another library has quantised.
     """
+    if dtype == "auto":
+        dtype = _chosen(model, known)
     if dtype is None:
         return None
+    assert isinstance(dtype, torch.dtype)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"dtype must be None for a model that is quantised, got {dtype}")
     before = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)

@@ -86,6 +86,7 @@ class Report:
     kept_bytes: of the results of the programs that steps do not repeat. hits, misses: of those.
     captures: how often a graph was captured, those no longer kept included.
     stepwise: why runs of ``fastdiff.sample`` were no replay of a trajectory, with counts.
+    dtype: of the weights. instructions: that kernels use, for a model on a CPU, or "".
     cast: from what dtype to what, or "". quantize: "int8", "fp8" or "". quantized: layer ->
     {"weight", "output"}, the relative errors in the Frobenius norm (see `passes.quantize.errors`),
     the worst first; for the weights as they are now. unquantized: other layers -> why. cache: the
@@ -106,6 +107,8 @@ class Report:
     unstored: list[str] = field(default_factory=list)
     stepwise: dict[str, int] = field(default_factory=dict)
     cache: str = ""
+    dtype: str = ""
+    instructions: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -116,6 +119,10 @@ class Report:
         lines += [f"not stored: {reason}" for reason in self.unstored]
         if self.cast:
             lines.append(f"cast from {self.cast}")
+        if self.dtype:
+            lines.append(f"weights: {self.dtype}")
+        if self.instructions:
+            lines.append(f"CPU: {self.instructions}")
         lines += self._layers()
         for i, graph in enumerate(self.graphs):
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in graph.shapes.items())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import platform
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,9 +201,46 @@ def test_with_quantize():
 @pytest.mark.parametrize("dtype", [torch.float64, "bfloat16", torch.int8])
 def test_bad_dtypes(dtype):
     model = small()
-    with pytest.raises(ValueError, match=r"dtype must be one of None, torch\.bfloat16, .* got"):
+    with pytest.raises(
+        ValueError, match=r"dtype must be one of None, auto, torch\.bfloat16, .* got"
+    ):
         compiler.compile(model, dtype=dtype)
     model.is_quantized = True
     with pytest.raises(ValueError, match="dtype must be None for a model that is quantised"):
         compiler.compile(model, dtype=torch.bfloat16)
     assert model.inner.weight.dtype == torch.float32
+
+
+def has_bf16() -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    return "avx512_bf16" in flags
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="x86 flags")
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch):
+    """And the report says so; where oneDNN may not, the model stays what it is."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    after = torch.bfloat16 if has_bf16() else torch.float32
+    model = small()
+    for _ in range(2):
+        compiler.compile(model, dtype="auto")
+        assert model.inner.weight.dtype == after
+        assert model(X, T)["sample"].dtype == torch.float32
+        report = compiler.report(model)
+        assert report.cast == (f"torch.float32 to {after}" if has_bf16() else "")
+        assert report.dtype == str(after)[6:]
+        assert f"weights: {report.dtype}" in str(report)
+        ending = "with bfloat16 products" if has_bf16() else "without bfloat16 products"
+        assert f"CPU: {report.instructions}" in str(report)
+        assert report.instructions.endswith(ending)
+    for most in ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+        model = small()
+        compiler.compile(model, dtype="auto")
+        assert model.inner.weight.dtype == torch.float32
+        assert f"oneDNN up to {most}, without bfloat16" in compiler.report(model).instructions
+    for dtype in (torch.float16, torch.float64):
+        model = small().to(dtype)
+        assert compiler.compile(model, dtype="auto").inner.weight.dtype == dtype
+        assert compiler.report(model).cast == ""
+    assert compiler.compile(small()).inner.weight.dtype == torch.float32

@@ -91,6 +91,42 @@ def test_a_layer_has_eagers_bits(name):
     assert_within_2x(model(spread), oracle, model._call_impl(spread))
 
 
+@pytest.mark.parametrize("view", ["squeeze", "flatten", "view", "reshape"])
+def test_a_convolution_that_its_model_uses_as_a_linear_layer(view):
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(64, 96, 1)
+
+        def forward(self, sample: Tensor) -> Tensor:
+            weight = self.conv.weight
+            more = {"squeeze": (-1,), "flatten": (1,)}.get(view, (96, 64))
+            return nn.functional.linear(sample, getattr(weight, view)(*more), self.conv.bias)
+
+    model = frozen(Tokens())
+    x = image(2, 40, 64)
+    for _ in range(2):
+        assert torch.equal(model(x), model._call_impl(x))
+        with torch.no_grad():
+            model.conv.weight.mul_(-1.5)
+    assert packed(model) == 1
+
+
+def test_a_computed_weight_stays():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 96)
+
+        def forward(self, sample: Tensor) -> Tensor:
+            return nn.functional.linear(sample, (self.layer.weight * 2).view(96, 64))
+
+    model = frozen(Scaled())
+    x = image(2, 40, 64)
+    assert torch.equal(model(x), model._call_impl(x))
+    assert packed(model) == 0
+
+
 @pytest.mark.parametrize("kind", ["none", "tanh"])
 def test_a_gelu_that_follows_is_part_of_the_layer(kind):
     """Of sums that have not been rounded: no less accurate than eager."""

@@ -9,7 +9,7 @@ import torch
 from denoisers import made
 from torch import Tensor, nn
 
-from fastdiff import compiler
+from fastdiff import compiler, ops
 
 silu = nn.functional.silu
 
@@ -99,6 +99,29 @@ def test_two_norms_of_one_sum() -> None:
 
     parts = {"first": nn.GroupNorm(2, 8), "second": nn.GroupNorm(4, 8), "conv": nn.Conv2d(8, 8, 1)}
     assert run(forward, **parts) == {"add_group_norm_silu": 1, "group_norm_silu": 1}
+
+
+def test_norms_that_the_model_calls_as_ops() -> None:
+    """As fastdiff's own models do; not where the op does more than to normalise the sum."""
+    norm = ops.group_norm_silu
+
+    def forward(m: Any, x: Tensor) -> Any:
+        total = x + m.conv(x)
+        second = norm(total * 2, num_groups=2, activation="none")
+        third = norm(x=total + second, num_groups=4, eps=1e-3, activation="none")
+        added = norm(total - x, 2, add=total.mean((2, 3)))
+        return norm(total, 4, m.norm.weight, m.norm.bias), second, third, added, total
+
+    parts = {"norm": nn.GroupNorm(4, 8), "conv": nn.Conv2d(8, 8, 1)}
+    assert run(forward, **parts) == {"add_group_norm_silu": 2}
+
+    def more(m: Any, x: Tensor) -> Any:
+        total, row = x + m.conv(x), x.mean((2, 3))
+        given: list[dict[str, Any]] = [{name: row} for name in ("add", "scale", "shift")]
+        given += [{"skip": x}, {"impl": "reference"}]
+        return [norm(total, 2, **one) for one in given]
+
+    assert run(more, conv=nn.Conv2d(8, 8, 1)) == {}
 
 
 @pytest.mark.parametrize(

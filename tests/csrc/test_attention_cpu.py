@@ -6,7 +6,6 @@ program checks every case at the level it finds itself at.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -264,29 +263,23 @@ def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
 )
 def test_tiles_emulated_under_sanitizers(tmp_path: Path) -> None:
     """The code for AMX with its instructions in plain C++, every access and every shape checked."""
+    from drivers import ROOT, build  # not where this file is a program
+
     if ext() is None or require_ext().attention_level() < 3:
         pytest.skip("needs a processor with AVX512_BF16")
-    root = Path(__file__).resolve().parents[2]
-    spec = importlib.util.spec_from_file_location("fastdiff_check", root / "csrc" / "check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check)
-    build = check.load_build()
     program = tmp_path / "attention_driver"
-    flags = [flag for flag in build.BASE_FLAGS if flag != "-O3"]
-    command = [
-        *(*build.find_compiler(), *flags, *build.X86_BF16_VARIANTS["isa_amx"], "-O1", "-g"),
-        *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-        *("-DFASTDIFF_X86_VARIANTS", "-DFASTDIFF_ISA=isa_amx"),
-        '-DFASTDIFF_TILE_INSTRUCTIONS="../tests/csrc/amx_emulated.h"',
-        *(str(root / "tests" / "csrc" / "attention_driver.cpp"), "-o", str(program)),
-        *("-lpthread", "-ldl"),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True)
-    if "sanitize" in built.stderr or "asan" in built.stderr:
+    errors = build(
+        program,
+        "isa_amx",
+        "tests/csrc/attention_driver.cpp",
+        options=(
+            *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+            f'-DFASTDIFF_TILE_INSTRUCTIONS="{ROOT}/tests/csrc/amx_emulated.h"',
+        ),
+    )
+    if "sanitize" in errors or "asan" in errors:
         pytest.skip("the compiler has no sanitizers here")
-    assert built.returncode == 0, built.stderr
+    assert errors == ""
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "702 cases, 0 wrong" in done.stdout

@@ -22,16 +22,29 @@ from fastdiff.compiler.graph import (
 
 def fuse_add_group_norm(graph: fx.Graph) -> int:
     """``silu(group_norm(x + residual))``, and without the SiLU: what ends one residual block and
-    begins the next, which usually reads the sum again. Not where a scale and shift follow."""
+    begins the next, which usually reads the sum again. Not where a scale and shift follow. The norm
+    may be a call of ``group_norm_silu`` in the model's own code."""
     count = 0
     for node in list(graph.nodes):
-        if calls(node, "group_norm") and is_tensor(node):
+        if (calls(node, "group_norm") or _calls_own(node)) and is_tensor(node):
             count += _fuse_add(graph, node)
     return count
 
 
+def _calls_own(node: fx.Node) -> bool:
+    """Whether it is our op of x alone: nothing added, scaled, shifted or joined, and no kernel
+    asked for."""
+    given = ((4, "add"), (5, "scale"), (6, "shift"), (9, "skip"))
+    return (
+        node.target is torch.ops.fastdiff.group_norm_silu.default
+        and all(argument(node, *one) is None for one in given)
+        and argument(node, 10, "impl", "auto") == "auto"
+    )
+
+
 def _fuse_add(graph: fx.Graph, norm: fx.Node) -> int:
-    total, num_groups = norm.args[0], argument(norm, 1, "num_groups")
+    own = _calls_own(norm)
+    total, num_groups = argument(norm, 0, "x"), argument(norm, 1, "num_groups")
     weight, bias = argument(norm, 2, "weight"), argument(norm, 3, "bias")
     if not isinstance(total, fx.Node) or not calls(total, "add") or total.kwargs:
         return 0
@@ -41,15 +54,20 @@ def _fuse_add(graph: fx.Graph, norm: fx.Node) -> int:
         value = value_of(term)
         if not is_tensor(term) or (value.shape, value.dtype) != (summed.shape, summed.dtype):
             return 0
-    if not _dtypes_fit(summed, weight, bias) or _film(graph, norm, summed) is not None:
+    if not _dtypes_fit(summed, weight, bias):
         return 0
+    if own:
+        last, activation = norm, argument(norm, 8, "activation", "silu")
+    elif _film(graph, norm, summed) is not None:
+        return 0
+    else:
+        last, activation = _activated(norm)
     # The sum's other users may come before the norm, so that all of it moves to where the sum is.
     nodes = list(graph.nodes)
     known = set(nodes[: nodes.index(total)])
     if any(isinstance(value, fx.Node) and value not in known for value in (weight, bias)):
         return 0
-    last, activation = _activated(norm)
-    eps = argument(norm, 4, "eps", 1e-5)
+    eps = argument(norm, 7 if own else 4, "eps", 1e-5)
     try:
         both = insert(
             graph,

@@ -195,14 +195,21 @@ def call(graph: fx.Graph, before: fx.Node, target: Any, value: Any, *args: Any) 
 
 
 def _fits(x: Any, weight: Any) -> bool:
-    """Both bf16 on the CPU, the weight one of the model's own and not computed in every step."""
+    """Both bf16 on the CPU, the weight one of the model's own or a view of it."""
     if not (is_tensor(x) and is_tensor(weight)):
         return False
     parts = weight.args if weight.target is stacked else (weight,)
-    if not all(isinstance(parameter_of(part), nn.Parameter) for part in parts):
+    if not all(isinstance(parameter_of(_behind_views(part)), nn.Parameter) for part in parts):
         return False
     values = value_of(x), value_of(weight)
     return all(v.device.type == "cpu" and v.dtype == torch.bfloat16 for v in values)
+
+
+def _behind_views(node: Any) -> Any:
+    """The weight of a 1x1 convolution that its model takes as one of a linear layer."""
+    while calls(node, "squeeze", "flatten", "view", "reshape") and is_tensor(node.args[0]):
+        node = node.args[0]
+    return node
 
 
 def _linear_fits(node: fx.Node) -> bool:
