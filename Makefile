@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt \
 	$(shell find csrc kernels fastdiff -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' \
 	-o -name '*.cu' -o -name '*.cuh' -o -name '*.safetensors' -o -name 'py.typed' \))
 
-.PHONY: demo test install-dev develop lint format aot kernel-report check-native bench evaluate wheel-check \
+.PHONY: demo test report install-dev develop lint format aot kernel-report check-native valgrind bench evaluate wheel-check \
 	gpu gpu-build gpu-test gpu-bench gpu-bench-ops gpu-bench-e2e gpu-sanitize \
 	gpu-wheels clean help
 
@@ -23,6 +23,8 @@ help:
 	@echo "make aot           compile every Triton configuration for sm_80/89/90/100, refuse spills"
 	@echo "make kernel-report write docs/kernels.md from the same compilation"
 	@echo "make check-native  compile csrc/cuda with nvcc for every target, refuse spills; check ISA objects"
+	@echo "make valgrind      the CPU kernels under valgrind"
+	@echo "make report        README's figures and the charts from benchmarks/results"
 	@echo "make bench         CPU benchmarks, into benchmarks/results/"
 	@echo "make evaluate      quality of the embedded digits model on 1,000 samples"
 	@echo "make gpu           on a machine with a GPU: build with CUDA, GPU tests, benchmarks"
@@ -72,6 +74,13 @@ kernel-report: $(VENV)/.dev
 
 check-native: $(VENV)/.dev
 	$(BIN)/python csrc/check.py
+
+# Every CPU kernel on small shapes; also among the tests, where valgrind is installed.
+valgrind: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/csrc/test_valgrind.py
+
+report: $(VENV)/.dev
+	env -u PYTHONSAFEPATH $(BIN)/python -m benchmarks.report --write
 
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
