@@ -12,13 +12,14 @@ SOURCES := pyproject.toml setup.py MANIFEST.in constraints.txt \
 	$(shell find csrc kernels fastdiff -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' \
 	-o -name '*.cu' -o -name '*.cuh' -o -name '*.safetensors' -o -name 'py.typed' \))
 
-.PHONY: demo test report install-dev develop lint format aot kernel-report check-native valgrind bench evaluate wheel-check \
+.PHONY: demo test test-all report install-dev develop lint format aot kernel-report check-native valgrind bench evaluate wheel-check \
 	gpu gpu-build gpu-test gpu-bench gpu-bench-ops gpu-bench-e2e gpu-sanitize \
 	gpu-wheels clean help
 
 help:
 	@echo "make demo          venv, install, draw $(OUT)"
-	@echo "make test          venv, install, all tests that need no GPU"
+	@echo "make test          venv, install, the tests that need no GPU"
+	@echo "make test-all      those that repeat others with more models and sizes, too"
 	@echo "make lint          ruff and mypy"
 	@echo "make aot           compile every Triton configuration for sm_80/89/90/100, refuse spills"
 	@echo "make kernel-report write docs/kernels.md from the same compilation"
@@ -54,8 +55,13 @@ develop: $(BIN)/python
 	@touch $(VENV)/.core $(VENV)/.dev
 
 # One thread each: the tests that are about threads set their number themselves.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+	$(TESTS) -m "not gpu and not long" $(PYTEST_ARGS)
+
+# What repeats other tests with more models, sizes and dtypes, too.
+test-all: $(VENV)/.dev
+	$(TESTS) -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -43,13 +43,18 @@ pytestmark = [
 ]
 
 SHARED_CACHE = True
+LONG = pytest.mark.long
+ALL = (*UNETS, *TRANSFORMERS)
+# Of their kind, another one is always tried.
+OTHERS = dict.fromkeys(("sdxl", "scale_shift", "sd3", "pixart", "flux2", "zoo_dit"), LONG)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, torch.float32) for name in (*UNETS, *TRANSFORMERS)),
-        *((name, torch.bfloat16) for name in ("unet", "dit", "wan")),
+        *(pytest.param(name, torch.float32, marks=OTHERS.get(name, ())) for name in ALL),
+        *((name, torch.bfloat16) for name in ("unet", "wan")),
+        pytest.param("dit", torch.bfloat16, marks=LONG),
     ],
     ids=str,
 )
@@ -76,7 +81,8 @@ def test_steps_that_are_all_whole_are_bit_equal_to_no_cache(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "interval", "branch"), [("unet", 2, 0), ("unet", 3, 2), ("sdxl", 2, 0)]
+    ("name", "interval", "branch"),
+    [("unet", 2, 0), ("unet", 3, 2), pytest.param("sdxl", 2, 0, marks=LONG)],
 )
 def test_deepcache_is_the_one_written_by_hand(name, interval, branch, dtype):
     model, inputs = made(name)
@@ -92,7 +98,7 @@ def test_deepcache_is_the_one_written_by_hand(name, interval, branch, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", pytest.param("pixart", marks=LONG)])
 def test_first_block_is_the_one_written_by_hand(name, dtype):
     model, inputs = made(name)
     exact = FirstBlock(copy.deepcopy(model).double(), THRESHOLD)
@@ -422,7 +428,7 @@ def test_calls_of_the_models_own_code_say_that_they_are_not_cached():
     assert "ran as it is 1 times, without deepcache: the model is in training mode" in text
 
 
-@pytest.mark.parametrize("name", ["unet", "sdxl", "dit", "flux"])
+@pytest.mark.parametrize("name", ["unet", pytest.param("sdxl", marks=LONG), "dit", "flux"])
 def test_through_recorded_programs(name):
     model, run, _ = cached(name)
     right = results(model, run)
