@@ -46,6 +46,12 @@ VARIABLES = (
         "4 AMX (only emulated so far)",
     ),
     Variable(
+        "ONEDNN_MAX_CPU_ISA",
+        "ALL",
+        "oneDNN, once; fastdiff.compile",
+        "oneDNN's own limit; below AVX512_CORE_BF16, bf16 is not chosen and nothing is packed",
+    ),
+    Variable(
         "TRITON_INTERPRET",
         "0",
         "Triton",

@@ -23,7 +23,7 @@ def split() -> Split:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 5000])
+@pytest.mark.parametrize("seed", [0, pytest.param(5000, marks=pytest.mark.long)])
 def test_embedded_model_meets_every_bar(seed: int) -> None:
     from fastdiff.models import load
 

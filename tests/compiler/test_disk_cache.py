@@ -105,7 +105,13 @@ def ready(when: str) -> tuple[Net, Tensor, Tensor, Tensor]:
 # --- found ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DENOISERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("sdxl", "scale_shift") else ())
+        for name in DENOISERS
+    ],
+)
 def test_stored_graphs_give_the_same_bits(name, tmp_path):
     model, inputs = made(name)
     report = compiled(model)
@@ -141,7 +147,7 @@ print(report.captures, result.double().sum().item(), "torch._dynamo.convert_fram
 """
 
 
-@pytest.mark.parametrize("name", ["unet", "flux"])
+@pytest.mark.parametrize("name", ["unet", pytest.param("flux", marks=pytest.mark.long)])
 def test_another_process_finds_the_graph(name, fresh_python):
     here = str(Path(__file__).parent)
     pytest.importorskip("diffusers")

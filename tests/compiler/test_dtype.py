@@ -39,7 +39,9 @@ def by_hand(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", ["unet", "sdxl", "dit", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "name", ["unet", pytest.param("sdxl", marks=pytest.mark.long), "dit", "sd3", "flux"]
+)
 def test_float32_goes_in_and_comes_out(name, dtype):
     pytest.importorskip("diffusers")
     model, inputs = made(name)

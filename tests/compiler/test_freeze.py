@@ -230,7 +230,9 @@ def test_images_that_are_channels_last_stay_so():
     assert model(x).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", ["unet", "autoencoder", "dit", "sdxl"])
+@pytest.mark.parametrize(
+    "name", ["unet", "autoencoder", "dit", pytest.param("sdxl", marks=pytest.mark.long)]
+)
 def test_models_are_within_twice_eagers_error(name):
     pytest.importorskip("diffusers")
     model, inputs = made(name)

@@ -46,7 +46,9 @@ COPIED = {"unet": 1, "sdxl": 1, "scale_shift": 1, "autoencoder": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n == "sdxl" else ()) for n in COPIED]
+)
 def test_models_are_within_twice_eagers_error(name, dtype):
     model, inputs = made(name)
     wide = copy.deepcopy(model).double()

@@ -226,7 +226,9 @@ def test_errors_in_the_report():
     assert report.to_dict()["quantized"] == report.quantized
     text = str(report)
     assert "int8: 12 layers, 8 stay" in text
-    printed = [line.split()[-1] for line in text.splitlines()[2:12]]
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if "int8: 12 layers" in line) + 1
+    printed = [line.split()[-1] for line in lines[first : first + 10]]
     assert printed == list(report.quantized)[:10]
     assert "and 2 with smaller ones" in text
     # Of the weights as they are now.

@@ -216,7 +216,7 @@ def test_adapters_that_come_change_and_go_are_seen(recorder):
     assert torch.equal(scaled, draw(model, engine="reference"))
 
 
-@pytest.mark.parametrize("name", ["unet", "sdxl", "zoo_dit"])
+@pytest.mark.parametrize("name", ["unet", pytest.param("sdxl", marks=pytest.mark.long), "zoo_dit"])
 def test_real_architectures(recorder, name):
     model, inputs = made(name)
     model.eval()
