@@ -130,3 +130,11 @@ def test_every_environment_variable_is_in_the_table():
     used |= set(pattern.findall((ROOT / "setup.py").read_text())) - {"CXX"}
     assert used <= listed, used - listed
     assert len(listed) <= 8
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_modules_have_names_of_their_own(folder: str):
+    """pytest imports them by their bare names: of two that are called alike, one is not run."""
+    scripts = {"conftest.py", "diffusers_suite.py"}  # never imported by name
+    names = [path.name for path in (ROOT / folder).rglob("*.py") if path.name not in scripts]
+    assert sorted(names) == sorted(set(names))

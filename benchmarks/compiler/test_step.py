@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from denoiser_peers import OpenVino, wide
 from denoisers import DENOISERS, result
-from peers import OpenVino, wide
 from timing import interleaved
 from torch import Tensor, nn
 
