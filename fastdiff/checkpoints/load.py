@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +67,31 @@ def load(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
     place = torch.device("cpu" if device is None else device)
-    found = describe(_resolve(name_or_path, variant, revision), variant)
-    chosen = _choose(found, component)
-    made = {
-        name: _load_component(part, found, place, dtype, prediction, progress)
-        for name, part in chosen.items()
-    }
+    with _without_collections():
+        found = describe(_resolve(name_or_path, variant, revision), variant)
+        chosen = _choose(found, component)
+        made = {
+            name: _load_component(part, found, place, dtype, prediction, progress)
+            for name, part in chosen.items()
+        }
     if len(made) == 1 and (component is not None or found.kind != "pipeline"):
         return next(iter(made.values()))
     from fastdiff.pipelines.components import assemble
 
     return assemble(made, found, tokenizers=tokenizers)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Thousands of objects are made here, and stay: looking through all of the process's for
+    garbage meanwhile takes as long as the rest."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _choose(found: Description, component: str | None) -> dict[str, Component]:
