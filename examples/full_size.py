@@ -1,7 +1,7 @@
 """A full-size Stable Diffusion picture without downloading anything, against diffusers.
 
-    python examples/full_size.py --out /tmp/weights                  # SD1.5: 860M + 84M + 123M
-    python examples/full_size.py --out /tmp/weights --model sdxl     # 7 GB a layout
+    python examples/full_size.py --out weights                      # SD1.5: 860M + 84M + 123M
+    python examples/full_size.py --out weights --model sdxl     # 7 GB a layout
 
 Writes a checkpoint of random weights in both file layouts (once), draws one picture end to end from
 each with fastdiff and from the folder with diffusers, each in a process of its own, and prints
