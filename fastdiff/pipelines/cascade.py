@@ -13,6 +13,7 @@ from fastdiff.pipelines.control import Concatenated
 from fastdiff.pipelines.recipes import Recipe
 from fastdiff.sampling import sample
 from fastdiff.sampling.api import noise_of
+from fastdiff.solvers.noise import beside
 
 
 def enlarge(
@@ -49,7 +50,7 @@ def enlarge(
     large = F.interpolate(small, size=size, mode="bilinear")
     if noise:
         seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
-        other = [2**63 + one for one in seeds]
+        other = [beside(one) for one in seeds]
         z = noise_of(tuple(large.shape), other, None, large.dtype, large.device).initial()
         large = (1 - noise**2) ** 0.5 * large + noise * z.to(large)
     with torch.no_grad():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastdiff.pipelines.pipeline import Pipeline
 
 OUTPUTS = ("pil", "latent")
+EACH = ("prompt", "negative", "seed")  # of the settings: one for every picture
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ class Job:
             "height": size[0],
             "strength": strength if image is not None else None,
             "clip_skip": clip_skip or None,
+            "solver_options": dict(solver_options or {}) or None,
+            "true_cfg_scale": true_cfg_scale if true_cfg_scale != 1 else None,
+            "long": long if long != "windows" else None,
         }
         return Job(
             prompts=prompts,
@@ -220,7 +224,7 @@ class Job:
             cond=cut_all(self.cond),
             uncond=cut_all(self.uncond),
             control=tuple(one.part(part, self.count) for one in self.control),
-            asked={k: cut(v) for k, v in self.asked.items()},
+            asked={k: cut(v) if k in EACH else v for k, v in self.asked.items()},
         )
 
     def settings(self, model: str) -> list[dict[str, Any]]:
@@ -229,7 +233,7 @@ class Job:
         for index in range(self.count):
             entry: dict[str, Any] = {"fastdiff": __version__, "model": model}
             for name, value in self.asked.items():
-                one = value[index] if name in ("prompt", "negative", "seed") and value else value
+                one = value[index] if name in EACH and value else value
                 if one is not None and one != []:
                     entry[name] = one
             if self.generator is not None or self.seeds is None:

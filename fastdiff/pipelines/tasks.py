@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff.pipelines.job import Job
 from fastdiff.pipelines.pipeline import Pipeline, Result
 from fastdiff.sampling import sample
+from fastdiff.solvers.noise import beside
 
 
 def refine(
@@ -29,7 +30,7 @@ def refine(
 
     switch: the fraction of the noise levels that the base runs. steps: of both together.
     conditions, refiner_conditions: sizes for the one and the other. options: of both calls; a seed
-    is the base's, and the refiner's draws, if its solver makes any, go on from it.
+    is the base's; the refiner draws, if its solver does, from a stream of its own beside it.
     """
     if not 0 < switch < 1:
         raise ValueError(f"switch must be above 0 and below 1, got {switch}")
@@ -41,11 +42,11 @@ def refine(
     second = {**shared, "latents": first.latents, "part": (switch, 1.0)}
     if options.get("generator") is None:
         seeds = [settings["seed"] for settings in first.settings]
-        second["seed"] = seeds
+        second["seed"] = [beside(one) for one in seeds]  # its draws are numbered from 0, too
     last = refiner(prompt, **second, conditions=refiner_conditions, output=output)
     settings = [
-        {**one, "refiner": refiner.name, "switch": switch, "model": base.name}
-        for one in last.settings
+        {**mine, "refiner": refiner.name, "switch": switch, "steps": steps}
+        for mine in first.settings
     ]
     return replace(last, settings=settings)
 

@@ -19,7 +19,8 @@ CHUNK = 256
 class _Prompt:
     """The results for one set of arguments, which are held so that no other can take their ids."""
 
-    arguments: dict[str, Any]
+    leaves: list[Any]
+    spec: Any
     versions: tuple[int, ...]
     values: Any
     chunks: dict[int, tuple[int, Any]] = field(default_factory=dict)
@@ -30,7 +31,8 @@ class ThreePrograms:
 
     times: the runs' times, for each batch size the model may be given: [B] of each row. A call with
     one of them (the same tensor) computes the schedule of its row and of those that follow, CHUNK
-    times in all; another time is computed by itself. Arguments are known by identity and version.
+    times in all; another time is computed by itself. Arguments are known by identity and version;
+    weights that are written to in the middle of a run are seen here from the next run on.
     """
 
     def __init__(self, model: Any, *times: Sequence[Tensor]) -> None:
@@ -49,15 +51,16 @@ class ThreePrograms:
         return self.model.step(x, schedule, prompt.values)
 
     def _prompt(self, arguments: dict[str, Any]) -> _Prompt:
+        leaves, spec = pytree.tree_flatten(arguments)
+        versions = _versions(leaves)
         for known in self._prompts:
-            if known.arguments.keys() == arguments.keys() and all(
-                value is arguments[name] for name, value in known.arguments.items()
-            ):
-                if known.versions == _versions(arguments):
+            same = len(known.leaves) == len(leaves) and known.spec == spec
+            if same and all(a is b for a, b in zip(known.leaves, leaves, strict=True)):
+                if known.versions == versions:
                     return known
                 self._prompts.remove(known)
                 break
-        made = _Prompt(dict(arguments), _versions(arguments), self.model.prompt(**arguments))
+        made = _Prompt(leaves, spec, versions, self.model.prompt(**arguments))
         # A call with the condition, one without it, one with both; hooks may bring new ones.
         self._prompts = [*self._prompts[-3:], made]
         return made
@@ -80,11 +83,9 @@ class ThreePrograms:
         return min(len(rows) - first, max(1, CHUNK // max(1, rows[0].numel())))
 
 
-def _versions(arguments: dict[str, Any]) -> tuple[int, ...]:
+def _versions(leaves: Sequence[Any]) -> tuple[int, ...]:
     return tuple(
-        value._version
-        for value in pytree.tree_leaves(arguments)
-        if isinstance(value, Tensor) and not value.is_inference()
+        value._version for value in leaves if isinstance(value, Tensor) and not value.is_inference()
     )
 
 

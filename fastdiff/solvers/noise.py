@@ -156,3 +156,8 @@ class PhiloxNoise:
     def draw(self, index: int) -> Tensor:
         """The normals of draw ``index``, in any order."""
         return normal(self._shape, self.seeds, index, self._device).to(self._state_dtype)
+
+
+def beside(seed: int) -> int:
+    """Another seed for the same image, whose stream has nothing in common with ``seed``'s."""
+    return seed ^ 2**63

@@ -356,3 +356,31 @@ def test_the_readmes_pictures(saved: Any, tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(code, "README.md", "exec"), names)
     assert images.read_settings("sea-001.png")["prompt"] == "a harbour"
     assert names["pipe"].denoiser._compiled_call_impl is not None
+
+
+def test_a_refiner_draws_other_noise_than_its_base(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdiff.pipelines import pipeline, refine
+
+    plain, seeds = pipeline.sample, []
+
+    def spying(*args: Any, **kwargs: Any) -> Any:
+        seeds.append(kwargs["seed"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "sample", spying)
+    options = {"seed": 7, "solver": "euler_ancestral", "height": 32, "width": 32, **LATENT}
+    result = refine(loaded("sdxl"), loaded("refiner"), "a cat", switch=0.5, **options)
+    assert seeds[0] == [7]
+    assert seeds[1] != seeds[0]
+    assert result.settings[0]["seed"] == 7
+
+
+def test_settings_repeat_what_a_solver_was_told(loaded: Any) -> None:
+    options = {**LATENT, "solver": "ddim", "solver_options": {"eta": 0.5}, "seed": 1}
+    scales = [3.0, 2.0, 2.0, 1.5]
+    result = loaded("sd")(["a"] * 4, guidance_scale=scales, batch_size=2, **options)
+    for entry in result.settings:
+        assert entry["solver_options"] == {"eta": 0.5}
+        assert list(entry["guidance_scale"]) == scales

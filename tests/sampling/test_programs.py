@@ -139,3 +139,21 @@ def test_a_subclass_with_a_forward_of_its_own_is_called() -> None:
     assert model.calls["prompt"] == 12
     expected = sample(lambda x, t, **cond: Toy().forward(x, t, **cond) / 2, (2, 4, 5, 5), **RUN)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_list_whose_tensors_are_exchanged_is_another_condition() -> None:
+    class Listed(Toy):
+        def prompt(self, ys: list[Tensor]) -> Any:  # type: ignore[override]
+            return super().prompt(ys[0])
+
+    class Exchanges(Hook):
+        def step(self, info: Any) -> None:
+            if info.index == 3:
+                ys[0] = ys[0] + 1.0
+
+    results = []
+    for kind in (lambda model: model, plain):
+        ys = [COND["y"].clone()]
+        run = {**RUN, "cond": None, "uncond": None, "model_kwargs": {"ys": ys}}
+        results.append(sample(kind(Listed()), (2, 4, 5, 5), hooks=[Exchanges()], **run))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
