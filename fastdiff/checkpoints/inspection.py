@@ -28,6 +28,7 @@ class Part:
     dtypes: Mapping[str, int]
     files: tuple[str, ...]
     differences: Differences
+    unchecked: str = ""
 
     @classmethod
     def of(cls, part: Component) -> Part:
@@ -36,6 +37,11 @@ class Part:
         for entry in entries:
             kind = str(entry.dtype).removeprefix("torch.")
             dtypes[kind] = dtypes.get(kind, 0) + prod(entry.shape)
+        differences, unchecked = Differences(), ""
+        try:
+            differences = part.differences()
+        except ImportError as error:  # a text encoder, without transformers
+            unchecked = str(error)
         return cls(
             name=part.name,
             family=part.family.name,
@@ -47,7 +53,8 @@ class Part:
             nbytes=part.checkpoint.nbytes,
             dtypes=dtypes,
             files=tuple(file.name for file in part.checkpoint.files),
-            differences=part.differences(),
+            differences=differences,
+            unchecked=unchecked,
         )
 
     def lines(self) -> list[str]:
@@ -67,6 +74,8 @@ class Part:
             f"  {self.tensors} tensors in {_few(self.files)}",
         ]
         found = self.differences
+        if self.unchecked:
+            return [*lines, f"  not checked: {self.unchecked}"]
         if not found:
             return [*lines, "  complete: every tensor is there, and fits"]
         counts = (
@@ -94,7 +103,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return not self.problems and not any(part.differences for part in self.parts)
+        wrong = any(part.differences or part.unchecked for part in self.parts)
+        return not self.problems and not wrong
 
     def __str__(self) -> str:
         kinds = {

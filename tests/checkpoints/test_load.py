@@ -325,3 +325,15 @@ def test_which_files_of_a_repository() -> None:
     }
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.wanted(files, "fp16")
     assert hub.wanted(["a.safetensors", "config.json"]) == ["config.json", "a.safetensors"]
+
+
+def test_without_transformers_a_file_is_inspected_but_for_its_text_encoder(
+    tmp_path: Path, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = single(tmp_path / "sd.safetensors", *parts_of(models))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    report = inspect(path)
+    assert not report.ok
+    assert str(report).count("complete: every tensor is there, and fits") == 2
+    assert "not checked: text encoders need transformers" in str(report)
+    same(models["unet"], fastdiff.load(path, component="unet"))

@@ -64,8 +64,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "text encoders are transformers' modules, which is not installed: "
-            "pip install transformers"
+            "text encoders need transformers, which is not installed: pip install transformers"
         ) from error
     return transformers
 
